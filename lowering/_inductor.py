@@ -1,0 +1,47 @@
+"""Every private Inductor name the lowerings use, and what differs between torch 2.11 and 2.13. Imported lazily."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch._dynamo.utils import counters
+from torch._inductor import ir
+from torch._inductor.codegen.cpp import get_export_declaration
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.lowering import register_lowering
+from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+
+__all__ = [
+    "DTYPE_TO_CPP",
+    "CppTemplate",
+    "V",
+    "contiguous_inputs",
+    "counters",
+    "gen_2d_view_of_epilogue_buf",
+    "get_export_declaration",
+    "ir",
+    "ops",
+    "parallel_num_threads",
+    "register_lowering",
+    "select_choice",
+    "static_size",
+]
+
+
+def contiguous_inputs(*nodes: Any) -> list[Any]:
+    """The nodes realized as contiguous buffers, which a template can take a pointer of."""
+    return [ir.ExternKernel.require_contiguous(n) for n in realize_inputs(*nodes)]
+
+
+def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:
+    """The IR node of the best choice."""
+    result = autotune_select_algorithm(name, choices, list(inputs), layout)
+    return result[0] if isinstance(result, tuple) else result  # torch 2.11 gives the node, 2.12 a (node, choice)
+
+
+def static_size(expr: Any) -> int | None:
+    """A size as an int, or ``None`` if it is symbolic."""
+    return int(expr) if getattr(expr, "is_number", True) else None

@@ -1,0 +1,106 @@
+"""Providers: who can turn a fused op into a kernel, asked in order, each with its reason when it cannot."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.errors import OptionError, QuarkInductorError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GemmProblem:
+    """One fused GEMM: ``y [M, N] = x [M, K] @ weight [N, K].T + bias``.
+
+    Attributes:
+        op: bare name of the fused op: ``"fp8_gemm"``, ``"mx_prologue_gemm"``, ...
+        m: tokens, or ``None`` when not known before run time.
+        n: output features.
+        k: input features.
+        dtype: bare name of the dtype of ``y``.
+        granularity: what shares an activation scale, for ops that compute it.
+    """
+
+    op: str
+    m: int | None
+    n: int
+    k: int
+    dtype: str
+    granularity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class No:
+    """A provider cannot: why, in words, and what to do if something can be done."""
+
+    reason: str
+
+
+class Provider(ABC):
+    """Makes kernels for some fused ops on some targets. Stateless."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+        """``None`` if :meth:`lower` can make this kernel for this target, else why not. Must be cheap and pure."""
+
+    @abstractmethod
+    def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
+        """Inductor IR of the fused op, from its arguments by name (tensors are Inductor IR nodes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` are the others' reasons."""
+
+    provider: Provider | None
+    refusals: tuple[str, ...]
+
+
+_PROVIDERS: dict[str, Provider] = {}
+EMULATION = "emulation"
+
+
+def register_provider(cls: type[Provider]) -> type[Provider]:
+    """Class decorator: make a provider known. The order of registration is the order of preference."""
+    if cls.name in _PROVIDERS or cls.name == EMULATION:
+        raise QuarkInductorError(f"two providers are named {cls.name!r}; rename one")
+    _PROVIDERS[cls.name] = cls()
+    return cls
+
+
+def unregister_provider(name: str) -> None:
+    """Forget a provider (for tests that register their own)."""
+    del _PROVIDERS[name]
+
+
+def provider_names() -> tuple[str, ...]:
+    """Every provider's name in order of preference, the emulation last."""
+    return (*_PROVIDERS, EMULATION)
+
+
+def select(target: Target, problem: GemmProblem, forced: str | None = None) -> Selection:
+    """The first provider that can run a problem.
+
+    Args:
+        target: where it will run.
+        problem: what to run.
+        forced: a provider's name: nobody else is asked. ``"emulation"`` makes everybody refuse.
+
+    Raises:
+        OptionError: there is no provider of that name.
+    """
+    if forced is not None and forced not in provider_names():
+        raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
+    refusals = []
+    for name, provider in _PROVIDERS.items():
+        if forced not in (None, name):
+            refusals.append(f"{name}: option quark.provider is {forced!r}")
+            continue
+        answer = provider.can_run(target, problem)
+        if answer is None:
+            return Selection(provider, tuple(refusals))
+        refusals.append(f"{name}: {answer.reason}")
+    return Selection(None, tuple(refusals))

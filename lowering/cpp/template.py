@@ -1,0 +1,185 @@
+"""The C++ template of every fused GEMM: prepare the activation's rows, then tiles of dot products, then the epilogue.
+
+What differs between formats is in the headers: how a row is prepared (quantized, or decoded) and the tile. Bias and
+whatever Inductor fuses after the GEMM run on the float32 tile while it is in cache.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from quark_inductor.lowering._inductor import (
+    DTYPE_TO_CPP,
+    CppTemplate,
+    V,
+    contiguous_inputs,
+    gen_2d_view_of_epilogue_buf,
+    get_export_declaration,
+    ir,
+    ops,
+    parallel_num_threads,
+    select_choice,
+    static_size,
+)
+from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.ops import dtype_of
+
+# C++ that prepares row m of the activation into `row`, and computes a tile, by op.
+_PREPARE = {
+    "mx_prologue_gemm": "quark::mxfp4::quantize_row(x + m * K, K, row)",
+    "mx_gemm": "quark::mxfp4::load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)",
+    "fp8_prologue_gemm per_tensor": "quark::fp8::quantize_row(x + m * K, K, float(x_scale[0]), row)",
+    "fp8_prologue_gemm per_token": "quark::fp8::quantize_row(x + m * K, K, quark::fp8::dynamic_scale(x + m * K, K), row)",
+    "fp8_gemm": "quark::fp8::load_row(x + m * K, K, float(x_scale[{{'m' if x_scale_per_row else '0'}}]), row)",
+}
+_TILE = {
+    "mx": "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
+    "n_end - n_start, tile, NT)",
+    "fp8": "quark::fp8::tile<MT>(prepared, K, weight + n_start * K, weight_scale + "
+    "{{'n_start, 1' if weight_scale_per_channel else '0, 0'}}, n_end - n_start, tile, NT)",
+}
+_HEADER = {"mx": "mxfp4.h", "fp8": "fp8.h"}
+
+# Rows of the activation prepared at a time: bounds the scratch memory of a long prefill.
+_ROWS_AT_A_TIME = 512
+
+_SOURCE = r"""
+{{template.header().getvalue()}}
+{{"#define QUARK_AVX512" if isa == "avx512_vnni" else ""}}
+{{headers}}
+extern "C" {{export}}
+{{kernel.def_kernel(inputs=inputs, outputs={"y": Y}, aliases=aliases)}}
+{
+  {{kernel.maybe_codegen_profile()}}
+  using namespace quark::{{namespace}};
+  const int64_t M = {{kernel.size(GemmOut, 0)}};
+  constexpr int64_t N = {{N}}, K = {{K}}, MT = {{MT}}, NT = {{NT}};
+  constexpr int64_t n_tiles = (N + NT - 1) / NT;
+  const int64_t most = std::min<int64_t>(M, {{rows_at_a_time}});
+  const auto memory = quark::scratch(quark::round_up(most, MT) * row_bytes(K));
+  uint8_t* const rows = memory.get();
+  #pragma omp parallel num_threads({{num_threads}})
+  for (int64_t m_begin = 0; m_begin < M; m_begin += {{rows_at_a_time}}) {
+    const int64_t m_stop = std::min<int64_t>(M, m_begin + {{rows_at_a_time}});
+    const int64_t m_tiles = (m_stop - m_begin + MT - 1) / MT;
+    #pragma omp for schedule(static)
+    for (int64_t m = m_begin; m < m_begin + m_tiles * MT; m++) {
+      uint8_t* row = rows + (m - m_begin) * row_bytes(K);
+      if (m < m_stop) {{prepare}};
+      else zero_row(row, K);
+    }
+    {{kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float)}}
+    #pragma omp for collapse(2) schedule(static)
+    for (int64_t n_tile = 0; n_tile < n_tiles; n_tile++)
+      for (int64_t m_tile = 0; m_tile < m_tiles; m_tile++) {
+        const int64_t m_start = m_begin + m_tile * MT, m_end = std::min<int64_t>(m_stop, m_start + MT);
+        const int64_t n_start = n_tile * NT, n_end = std::min<int64_t>(N, n_start + NT);
+        const uint8_t* prepared = rows + m_tile * MT * row_bytes(K);
+        {{tile}};
+        {%- set tile_y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", "n_end")]) %}
+        {%- set tile_sum = kernel.slice_nd(
+              kernel.local_buffers["tile"], [("0", "m_end - m_start"), ("0", "n_end - n_start")]) %}
+        {{kernel.store_output(tile_y, tile_sum, GemmOut, epilogue_nodes, offsets=("m_start", "n_start"),
+                              reindexers=reindexers)|indent(8, false)}}
+      }
+  }
+}
+"""
+
+
+class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
+    """A fused GEMM as C++ source."""
+
+    def __init__(self, target: Target, problem: GemmProblem, inputs: Mapping[str, Any], layout: Any) -> None:
+        # The name becomes the kernel's: what a profile shows.
+        super().__init__(f"quark_{problem.op}", list(inputs.values()), layout, parallel_num_threads())
+        self.target, self.problem, self.inputs = target, problem, dict(inputs)
+
+    def render(  # type: ignore[no-untyped-def]
+        self,
+        kernel: Any,
+        template_buffer_node: Any = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[Any] | None = None,
+        **kwargs,
+    ) -> str:
+        """See ``torch._inductor.codegen.cpp_template.CppTemplate``."""
+        problem = self.problem
+        output = template_buffer = template_buffer_node if template_buffer_node is not None else self.output_node
+        gemm_out = ir.Buffer(
+            name=f"{template_buffer.get_name()}_GemmOut",
+            layout=ir.FixedLayout(self.layout.device, torch.float, self.layout.size, self.layout.stride),
+        )
+        # The chain of what happens to the float32 tile: bias and cast, then what the scheduler fused.
+        chain = [
+            ir.ComputedBuffer(
+                name=template_buffer.get_name(), layout=template_buffer.layout, data=self._bias_and_cast(gemm_out)
+            )
+        ]
+        reindexers, aliases, output_2d = [None], [gemm_out.get_name()], output
+        if epilogue_nodes:
+            if not flag_template_buffer_has_other_users:
+                aliases.append(template_buffer.get_name())
+            chain += epilogue_nodes
+            output = chain[-1]
+            output_2d, reindexers = gen_2d_view_of_epilogue_buf(
+                output, template_buffer, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
+            )
+        family = problem.op.partition("_")[0]
+        m = problem.m
+        options: dict[str, Any] = {
+            "kernel": kernel,
+            "template": self,
+            "torch": torch,
+            "isa": self.target.isa,
+            "namespace": {"mx": "mxfp4", "fp8": "fp8"}[family],
+            "headers": "\n".join((Path(__file__).parent / h).read_text() for h in ("common.h", _HEADER[family])),
+            "export": get_export_declaration(),
+            "inputs": self.inputs,
+            "aliases": {a: output.get_name() for a in aliases},
+            "Y": output,
+            "Y_2d": output_2d,
+            "GemmOut": gemm_out,
+            "epilogue_nodes": chain,
+            "reindexers": reindexers,
+            "N": problem.n,
+            "K": problem.k,
+            "MT": min(m, 8) if m else 8,
+            "NT": 32,
+            "rows_at_a_time": _ROWS_AT_A_TIME,
+            "num_threads": self.num_threads,
+            "x_scale_per_row": "x_scale" in self.inputs and len(self.inputs["x_scale"].get_size()) == 2,
+            "weight_scale_per_channel": len(self.inputs["weight_scale"].get_size()) == 1,
+        }
+        prepare = _PREPARE[f"{problem.op} {problem.granularity}".strip()]
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(gemm_out)):
+            options["prepare"] = self._template_from_string(prepare).render(**options)
+            options["tile"] = self._template_from_string(_TILE[family]).render(**options)
+            return str(self._template_from_string(_SOURCE).render(**options))
+
+    def _bias_and_cast(self, gemm_out: Any) -> Any:
+        bias, dtype = self.inputs.get("bias"), self.layout.dtype
+        load, load_bias = gemm_out.make_loader(), bias.make_loader() if bias is not None else None
+
+        def inner(index: Any) -> Any:
+            value = load(index)
+            if load_bias is not None:
+                value = ops.add(value, ops.to_dtype(load_bias([index[-1]]), torch.float))
+            return ops.to_dtype(value, dtype)
+
+        return ir.Pointwise(device=gemm_out.get_device(), dtype=dtype, inner_fn=inner, ranges=gemm_out.get_size())
+
+
+def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
+    """Inductor IR of a fused op as one call of the template."""
+    tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str)}
+    inputs = dict(zip(tensors, contiguous_inputs(*tensors.values()), strict=True))
+    size = [inputs["x"].get_size()[0], problem.n]
+    layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])
+    choices: list[Any] = []
+    CppQuarkGemm(target, problem, inputs, layout).maybe_append_choice(choices)
+    return select_choice(f"quark_{problem.op}", choices, list(inputs.values()), layout)

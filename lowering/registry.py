@@ -1,0 +1,58 @@
+"""Imports every provider, in order of preference, and tells Inductor how each fused op is lowered."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quark_inductor.lowering import (
+    cpp,  # noqa: F401
+)
+from quark_inductor.lowering._inductor import counters, register_lowering, static_size
+from quark_inductor.lowering.base import GemmProblem, select
+from quark_inductor.lowering.target import current
+from quark_inductor.schemes import ops
+from quark_inductor.schemes.errors import QuarkInductorError
+
+FUSED_OPS: tuple[Callable[..., Any], ...] = (ops.mx_gemm, ops.mx_prologue_gemm, ops.fp8_gemm, ops.fp8_prologue_gemm)
+
+
+def count_key(op: str, provider: str) -> str:
+    """Key of ``torch._dynamo.utils.counters["inductor"]`` that counts kernels; a hit of the FX cache counts them too."""
+    return f"quark.{op}.{provider}"
+
+
+def _problem(op: str, args: dict[str, Any]) -> GemmProblem:
+    n, weight_k = (int(s) for s in args["weight"].get_size())
+    return GemmProblem(
+        op=op,
+        m=static_size(args["x"].get_size()[0]),
+        n=n,
+        k=weight_k * 2 if op.startswith("mx_") else weight_k,
+        dtype=args.get("out_dtype") or ops.dtype_name(args["x"].get_dtype()),
+        granularity=args.get("granularity", ""),
+    )
+
+
+def _register(fused: Callable[..., Any]) -> None:
+    op, signature = fused.__name__, inspect.signature(fused)
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        target, problem = current(bound["x"].get_device().type), _problem(op, bound)
+        selection = select(target, problem)
+        if selection.provider is None:
+            # Rules ask select() before they make a fused op, so this is one made by somebody else.
+            raise QuarkInductorError(
+                f"quark_inductor::{op} has no kernel on {target}: {'; '.join(selection.refusals)}. "
+                "Call the scheme's emulation instead"
+            )
+        counters["inductor"][count_key(op, selection.provider.name)] += 1
+        return selection.provider.lower(target, problem, bound)
+
+    register_lowering(getattr(torch.ops.quark_inductor, op).default, type_promotion_kind=None)(lowering)
+
+
+for _fused in FUSED_OPS:
+    _register(_fused)

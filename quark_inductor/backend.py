@@ -1,0 +1,95 @@
+"""The function behind ``torch.compile(..., backend="quark")``: Inductor with this package's passes and lowerings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quark_inductor.schemes.errors import OptionError
+
+if TYPE_CHECKING:
+    from quark_inductor.patterns.base import Options
+
+PREFIX = "quark."
+
+
+def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple["Options", dict[str, Any]]:
+    """Tell our options from Inductor's.
+
+    Args:
+        mode: ``torch.compile``'s ``mode=``, mapped to Inductor options.
+        options: ``torch.compile``'s ``options=``: keys that start with ``quark.`` are ours, every other one must be a key
+            of ``torch._inductor.config``.
+
+    Raises:
+        OptionError: an unknown mode or key, or a value of the wrong type.
+    """
+    from quark_inductor.lowering.base import provider_names
+    from quark_inductor.patterns._inductor import config, list_mode_options
+    from quark_inductor.patterns.base import Options
+
+    modes = list_mode_options()
+    if mode is not None and mode not in (*modes, "default"):
+        raise OptionError(f"there is no mode {mode!r}; expected one of {', '.join(sorted({*modes, 'default'}))}")
+    theirs: dict[str, Any] = dict(modes.get(mode, {})) if mode else {}
+    known = config.get_config_copy()
+    ours: dict[str, Any] = {}
+    fields = {f.name for f in dataclasses.fields(Options)}
+    for key, value in (options or {}).items():
+        if key.startswith(PREFIX):
+            if key.removeprefix(PREFIX) not in fields:
+                raise OptionError(f"there is no option {key!r}; ours are {', '.join(sorted(PREFIX + f for f in fields))}")
+            ours[key.removeprefix(PREFIX)] = value
+        elif key.replace("-", "_") in known:
+            theirs[key.replace("-", "_")] = value
+        else:
+            raise OptionError(
+                f"there is no option {key!r}: ours start with {PREFIX!r}, every other must be a key of torch._inductor.config"
+            )
+    if not isinstance(ours.get("strict", False), bool):
+        raise OptionError(f"quark.strict is {ours['strict']!r}; expected True or False")
+    if ours.get("provider") not in (None, *provider_names()):
+        raise OptionError(f"quark.provider is {ours['provider']!r}; expected one of {', '.join(provider_names())}")
+    return Options(**ours), theirs
+
+
+def quark(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph. Called by ``torch.compile``, which finds it by the name ``"quark"``.
+
+    The passes a user has set in ``torch._inductor.config`` or in ``options`` run too: before our rules, and after our late
+    decomposition.
+    """
+    # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
+    from quark_inductor.lowering import registry as lowerings  # noqa: F401
+    from quark_inductor.patterns._inductor import compile_fx, config, pass_list
+    from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
+    from quark_inductor.schemes import registry as schemes  # noqa: F401
+
+    own, patches = split_options(mode, options)
+
+    def users(hook: str) -> list[Any]:
+        theirs = patches.get(hook, getattr(config, hook))
+        return list(theirs) if isinstance(theirs, list | tuple) else [theirs] if theirs else []
+
+    before, after = "joint_custom_pre_pass", "post_grad_custom_post_pass"
+    patches[before] = pass_list([*users(before), RulesPass(own)])
+    patches[after] = pass_list([LateDecompositionPass(own), *users(after)])
+    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
+
+
+def _reset() -> None:
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+# Called by torch._dynamo.reset(); mode="reduce-overhead" records CUDA graphs.
+quark.reset = _reset  # type: ignore[attr-defined]

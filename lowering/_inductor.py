@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+# First: it and cpp_gemm_template import each other, and only this order works.
+import torch._inductor.lowering  # isort: skip
+
 from torch._dynamo.utils import counters
 from torch._inductor import ir
 from torch._inductor.codegen.cpp import get_export_declaration

@@ -1,3 +1,30 @@
-"""``torch.compile(model, backend="quark")`` for models quantized by AMD Quark."""
+"""``torch.compile(model, backend="quark")`` for models quantized by AMD Quark.
+
+Importing this package is cheap: what a name needs is imported when the name is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quark_inductor.loading import load
+    from quark_inductor.quantize import quantize_
+    from quark_inductor.report import explain
+    from quark_inductor.saving import save
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "explain", "load", "quantize_", "save"]
+
+_HOMES = {"explain": "report", "load": "loading", "quantize_": "quantize", "save": "saving"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
-from quark_inductor.schemes.errors import ShapeError
-from quark_inductor.schemes.numerics import mx
+from quark_inductor.schemes.errors import CheckpointError, ShapeError
+from quark_inductor.schemes.numerics import e8m0, mx
 from quark_inductor.schemes.spec import PRESETS, LinearSpec
 
 FORMAT = "mxfp4"
@@ -54,7 +54,9 @@ class QuarkW4A4MXFP4(QuarkScheme):
         )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing to do: the checkpoint's layout is what the emulation and the kernels read."""
+        """Check the scales. The checkpoint's layout is what the emulation and the kernels read."""
+        if (layer.weight_scale == e8m0.NAN_CODE).any():
+            raise CheckpointError("weight_scale holds the E8M0 code 255, a NaN: the checkpoint is damaged; export it again")
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""

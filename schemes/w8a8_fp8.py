@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.errors import CheckpointError
 from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.spec import PRESETS, LinearSpec
 
@@ -61,7 +62,14 @@ class QuarkW8A8Fp8(QuarkScheme):
             set_parameters(layer, input_scale=torch.empty((), dtype=params_dtype))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing to do: the checkpoint's layout is what the emulation and the kernels read."""
+        """Check the numbers. The checkpoint's layout is what the emulation and the kernels read."""
+        for name, p in layer.named_parameters(recurse=False):
+            if name == "bias":
+                continue
+            # The codes 0x7f and 0xff are NaN; isfinite() does not take FP8.
+            bad = (p.view(torch.uint8) & 0x7F) == 0x7F if p.dtype == fp8.DTYPE else ~p.isfinite()
+            if bad.any():
+                raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""

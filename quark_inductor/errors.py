@@ -1,0 +1,21 @@
+"""The errors of this package, all derived from :class:`QuarkInductorError`."""
+
+from quark_inductor.schemes.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFusedError,
+    OptionError,
+    QuarkInductorError,
+    ShapeError,
+    TrainingError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "NotFusedError",
+    "OptionError",
+    "QuarkInductorError",
+    "ShapeError",
+    "TrainingError",
+]

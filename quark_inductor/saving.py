@@ -1,0 +1,43 @@
+"""A quantized model as a checkpoint in AMD Quark's format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quark_inductor import checkpoint, files
+from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.errors import CheckpointError, ConfigError
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write ``config.json`` and safetensors files that :func:`quark_inductor.load` and amd-quark read.
+
+    Args:
+        model: a transformers model with quantized Linears, from ``load`` or ``quantize_``.
+        path: a directory, made if needed. A tokenizer is not the model's: save it beside.
+
+    Raises:
+        ConfigError: nothing in the model is quantized.
+        CheckpointError: the directory holds a checkpoint already.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    quantized = {n: m.scheme.spec for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    if not quantized:
+        raise ConfigError("the model has no quantized Linear; save it with save_pretrained")
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    if taken := [f for f in (files.CONFIG, files.SINGLE, files.INDEX) if (directory / f).exists()]:
+        raise CheckpointError(f"{directory} already holds {taken[0]}; choose another directory, or empty it")
+    plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(state, directory, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
+    config: dict[str, Any] = model.config.to_diff_dict()  # type: ignore[union-attr, operator]
+    config["architectures"] = [type(model).__name__]
+    config["quantization_config"] = checkpoint.to_json(quantized, plain)
+    (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]

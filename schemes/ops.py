@@ -43,7 +43,7 @@ def mx_quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor
 
 def mx_dequantize(codes: Tensor, scales: Tensor, format: str, out_dtype: str) -> Tensor:
     """The values of a block format, ``[..., K]``. See :func:`quark_inductor.schemes.numerics.mx.dequantize`."""
-    return mx.dequantize(codes, scales, format, dtype_of(out_dtype))
+    return mx.dequantize_by_table(codes, scales, format, dtype_of(out_dtype))
 
 
 def mx_gemm(

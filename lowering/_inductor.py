@@ -7,7 +7,7 @@ from typing import Any
 import torch._inductor.lowering  # isort: skip
 
 from torch._dynamo.utils import counters
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
@@ -21,6 +21,7 @@ __all__ = [
     "DTYPE_TO_CPP",
     "CppTemplate",
     "V",
+    "config",
     "contiguous_inputs",
     "counters",
     "gen_2d_view_of_epilogue_buf",

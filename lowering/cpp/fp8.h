@@ -75,8 +75,38 @@ inline void load_row(const at::Float8_e4m3fn* codes, int64_t k, float scale, uin
   for (int64_t i = 0; i < round_up(k, CHUNK); i++) out[16 + i] = i < k ? float(codes[i]) : 0.0f;
 }
 
+// A prepared row's values times its scale, rounded to T as the emulation rounds them; its scale becomes 1.
+template <typename T>
+inline void dequantize_row(int64_t k, uint8_t* row) {
+  float* x = reinterpret_cast<float*>(row);
+  for (int64_t i = 0; i < k; i++) x[16 + i] = rounded<T>(x[16 + i] * x[0]);
+  x[0] = 1.0f;
+}
+
+// How a tile treats a weight: as its exact value, with the scale applied to the sum, or (Rounded, for a T) as the
+// emulation does: the weight times its scale, rounded to T.
+struct Exact {};
+template <typename T>
+struct Rounded {};
+
+#if defined(QUARK_AVX512)
+inline __m512 weight_value(Exact, __m512 w, float) { return w; }
+template <typename T>
+inline __m512 weight_value(Rounded<T>, __m512 w, float scale) {
+  return rounded_to<T>(_mm512_mul_ps(_mm512_mul_ps(w, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale)));
+}
+inline float sum_scale(Exact, float scale) { return 256.0f * scale; }
+#else
+inline float weight_value(Exact, float w, float) { return w; }
+template <typename T>
+inline float weight_value(Rounded<T>, float w, float scale) { return rounded<T>(w * scale); }
+inline float sum_scale(Exact, float scale) { return scale; }
+#endif
+template <typename T>
+inline float sum_scale(Rounded<T>, float) { return 1.0f; }
+
 // out[m * ld + n] for MT prepared rows and `channels` output channels, whose scales are weight_scale[n * scale_stride].
-template <int MT, typename S>
+template <int MT, typename Mode, typename S>
 __attribute__((noinline)) void tile(
     const uint8_t* rows, int64_t k, const at::Float8_e4m3fn* weight, const S* weight_scale, int64_t scale_stride,
     int64_t channels, float* out, int64_t ld) {
@@ -96,8 +126,8 @@ __attribute__((noinline)) void tile(
       // E4M3 seeemmm.. placed in a half has its value times 2^-8, subnormals included: sign in bits 15 and 14, clear 14.
       const __m512i halves =
           _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), _mm512_set1_epi16(int16_t(0xbfff)));
-      const __m512 w0 = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-      const __m512 w1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+      const __m512 w0 = weight_value(Mode(), _mm512_cvtph_ps(_mm512_castsi512_si256(halves)), scale);
+      const __m512 w1 = weight_value(Mode(), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), scale);
 #pragma GCC unroll 8
       for (int m = 0; m < MT; m++) {
         const float* x = reinterpret_cast<const float*>(rows + m * stride) + 16 + i;
@@ -106,15 +136,18 @@ __attribute__((noinline)) void tile(
       }
     }
     for (int m = 0; m < MT; m++) {
-      const float total = nan ? std::numeric_limits<float>::quiet_NaN() : 256.0f * _mm512_reduce_add_ps(sum[m]);
-      out[m * ld + n] = total * *reinterpret_cast<const float*>(rows + m * stride) * scale;
+      const float total = nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_add_ps(sum[m]);
+      out[m * ld + n] = total * *reinterpret_cast<const float*>(rows + m * stride) * sum_scale(Mode(), scale);
     }
 #else
     for (int m = 0; m < MT; m++) {
       const float* x = reinterpret_cast<const float*>(rows + m * stride);
       float sum = 0.0f;
-      for (int64_t i = 0; i < k; i++) sum += x[16 + i] * float(at::Float8_e4m3fn(w[i], at::Float8_e4m3fn::from_bits()));
-      out[m * ld + n] = sum * x[0] * scale;
+      for (int64_t i = 0; i < k; i++) {
+        const float value = float(at::Float8_e4m3fn(w[i], at::Float8_e4m3fn::from_bits()));
+        sum += x[16 + i] * weight_value(Mode(), value, scale);
+      }
+      out[m * ld + n] = sum * x[0] * sum_scale(Mode(), scale);
     }
 #endif
   }

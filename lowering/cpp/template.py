@@ -15,6 +15,7 @@ from quark_inductor.lowering._inductor import (
     DTYPE_TO_CPP,
     CppTemplate,
     V,
+    config,
     contiguous_inputs,
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
@@ -39,7 +40,7 @@ _PREPARE = {
 _TILE = {
     "mx": "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
     "n_end - n_start, tile, NT)",
-    "fp8": "quark::fp8::tile<MT>(prepared, K, weight + n_start * K, weight_scale + "
+    "fp8": "quark::fp8::tile<MT, {{mode}}>(prepared, K, weight + n_start * K, weight_scale + "
     "{{'n_start, 1' if weight_scale_per_channel else '0, 0'}}, n_end - n_start, tile, NT)",
 }
 _HEADER = {"mx": "mxfp4.h", "fp8": "fp8.h"}
@@ -69,8 +70,14 @@ extern "C" {{export}}
     #pragma omp for schedule(static)
     for (int64_t m = m_begin; m < m_begin + m_tiles * MT; m++) {
       uint8_t* row = rows + (m - m_begin) * row_bytes(K);
-      if (m < m_stop) {{prepare}};
-      else zero_row(row, K);
+      if (m >= m_stop) {
+        zero_row(row, K);
+        continue;
+      }
+      {{prepare}};
+{%- if mode != "Exact" %}
+      dequantize_row<{{T}}>(K, row);
+{%- endif %}
     }
     {{kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float)}}
     #pragma omp for collapse(2) schedule(static)
@@ -130,12 +137,18 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
                 output, template_buffer, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
             )
         family = problem.op.partition("_")[0]
+        # Products of FP4 values and powers of two are exact in every dtype; those of FP8 values and scales are not, and
+        # whoever asks Inductor for the rounding of eager code gets it.
+        rounds = family == "fp8" and config.emulate_precision_casts
+        dtype = DTYPE_TO_CPP[self.layout.dtype]
         m = problem.m
         options: dict[str, Any] = {
             "kernel": kernel,
             "template": self,
             "torch": torch,
             "isa": self.target.isa,
+            "T": dtype,
+            "mode": f"Rounded<{dtype}>" if rounds else "Exact",
             "namespace": {"mx": "mxfp4", "fp8": "fp8"}[family],
             "headers": "\n".join((Path(__file__).parent / h).read_text() for h in ("common.h", _HEADER[family])),
             "export": get_export_declaration(),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # First: it and cpp_gemm_template import each other, and only this order works.
-import torch._inductor.lowering  # isort: skip
+import torch._inductor.lowering  # noqa: F401  isort: skip
 
 from torch._dynamo.utils import counters
 from torch._inductor import config, ir

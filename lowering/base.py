@@ -53,7 +53,7 @@ class Provider(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` are the others' reasons."""
+    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` says why not others."""
 
     provider: Provider | None
     refusals: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Imports every provider, in order of preference, and tells Inductor how each fused op is lowered."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,17 @@ FUSED_OPS: tuple[Callable[..., Any], ...] = (ops.mx_gemm, ops.mx_prologue_gemm, 
 
 
 def count_key(op: str, provider: str) -> str:
-    """Key of ``torch._dynamo.utils.counters["inductor"]`` that counts kernels; a hit of the FX cache counts them too."""
+    """Key of ``torch._dynamo.utils.counters["inductor"]`` that counts kernels; a cache hit counts them too."""
     return f"quark.{op}.{provider}"
+
+
+def kernel_counts() -> dict[str, int]:
+    """Kernels compiled or taken from a cache so far in this process, by provider."""
+    totals: Counter[str] = Counter()
+    for key, count in counters["inductor"].items():
+        if key.startswith("quark."):
+            totals[key.rpartition(".")[2]] += count
+    return dict(totals)
 
 
 def _problem(op: str, args: dict[str, Any]) -> GemmProblem:

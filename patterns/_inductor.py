@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor import config, custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.pattern_matcher import (
@@ -37,6 +38,7 @@ __all__ = [
     "pass_list",
     "register_graph_pattern",
     "remove_noop_ops",
+    "reset_cudagraph_trees",
     "statically_known_true",
     "trace_structured",
     "traced_pattern",

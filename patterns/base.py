@@ -163,7 +163,7 @@ def layer_of(node: Node) -> str:
 
 
 def fused_call(match: Match, op: torch._ops.OpOverload, facts: Mapping[str, Any]) -> Node:
-    """A call of a fused op, its arguments found by name in the match and the facts; one found in neither is ``None``."""
+    """A call of a fused op, its arguments found by name in the match and the facts, else ``None``."""
     named = {**match.kwargs, **facts}
     # Positional, as tracing writes it: a later rule's pattern must find it so.
     return match.graph.call_function(op, tuple(named.get(a.name) for a in op._schema.arguments))

@@ -34,8 +34,8 @@ def _is_pure(node: Node) -> bool:
 def cse(graph: Graph) -> int:
     """Common subexpression elimination, in place; returns how many nodes went.
 
-    AOTAutograd does none for inference, so q, k and v would each quantize their common input. Two outputs of the graph are
-    never merged: the caller may write into one of them.
+    AOTAutograd does none for inference, so q, k and v would each quantize their common input. Two outputs of the graph
+    are never merged: the caller may write into one of them.
     """
     seen: dict[Any, Node] = {}
     outputs = set(graph.output_node().all_input_nodes)

@@ -1,7 +1,7 @@
 """A block-format GEMM whose activation was just quantized becomes a GEMM that quantizes in its own prologue.
 
-Done wherever a provider has such a kernel. The quantize then runs once per GEMM instead of once for q, k and v together,
-but vectorized and without a packed intermediate: on CPU that wins at every size.
+Done wherever a provider has such a kernel. The quantize then runs once per GEMM instead of once for q, k and v
+together, but vectorized and without a packed intermediate: on CPU that wins at every size.
 """
 
 import functools

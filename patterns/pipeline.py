@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quark_inductor.lowering import target as targets
+from quark_inductor.lowering.base import provider_names
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
 from quark_inductor.patterns.base import Options, PassResult, Refusal, layer_of, registered_rules, value
@@ -129,8 +130,9 @@ def _report(result: GraphResult) -> None:
 def source_hash() -> str:
     """Hash of every source file of the three lower floors.
 
-    Inductor's cache key knows the passes only by their uuid, and the lowerings and templates not at all: a changed byte in
-    any of them must change it. By package, because an editable install does not nest them under ``quark_inductor``.
+    Inductor's cache key knows the passes only by their uuid, and the lowerings and templates not at all: a changed
+    byte in any of them must change it. By package, because an editable install does not nest them under
+    ``quark_inductor``.
     """
     digest = hashlib.sha256()
     for floor in ("schemes", "lowering", "patterns"):
@@ -147,15 +149,16 @@ class _Pass(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> Any:
         """What a cached graph depends on: this package's source, its options, what else is registered, the target."""
-        rules = tuple(rule.name for rule in registered_rules())
+        registered = tuple(rule.name for rule in registered_rules()), provider_names()
         target = str(targets.current("cuda" if torch.cuda.is_available() else "cpu")), str(targets.current("cpu"))
-        return type(self).__name__, source_hash(), torch.__version__, str(self.options), rules, target
+        return type(self).__name__, source_hash(), torch.__version__, str(self.options), registered, target
 
 
 class RulesPass(_Pass):
     """Runs the rules where Inductor has neither padded a GEMM nor folded a constant yet."""
 
     def __call__(self, graph: Graph) -> None:
+        """Run on an inference graph, in place."""
         if any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder")):
             log.warning("a training graph: no rule runs, the quantized Linears stay emulated")
             return
@@ -166,6 +169,7 @@ class LateDecompositionPass(_Pass):
     """Runs after Inductor's own passes, just before the lowerings."""
 
     def __call__(self, graph: Graph) -> None:
+        """Run on any graph, in place."""
         count = late_decomposition(graph)
         graph.lint()
         log.debug("late_decomposition: %d", count)

@@ -2,7 +2,7 @@
 
 from quark_inductor.patterns import (
     fp8_gemm,  # noqa: F401
-    mx_gemm,  # noqa: F401  isort:skip
     fp8_prologue,  # noqa: F401  isort:skip
+    mx_gemm,  # noqa: F401  isort:skip
     mx_prologue,  # noqa: F401  isort:skip
 )

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quark_inductor.loading import load
     from quark_inductor.quantize import quantize_
-    from quark_inductor.report import explain
     from quark_inductor.saving import save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "load", "quantize_", "save"]
+__all__ = ["__version__", "load", "quantize_", "save"]
 
-_HOMES = {"explain": "report", "load": "loading", "quantize_": "quantize", "save": "saving"}
+_HOMES = {"load": "loading", "quantize_": "quantize", "save": "saving"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,8 @@ def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
 
     Args:
         mode: ``torch.compile``'s ``mode=``, mapped to Inductor options.
-        options: ``torch.compile``'s ``options=``: keys that start with ``quark.`` are ours, every other one must be a key
+        options: ``torch.compile``'s ``options=``: keys that start with ``quark.`` are ours, every other one must be a
+        key
             of ``torch._inductor.config``.
 
     Raises:
@@ -39,13 +40,16 @@ def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     for key, value in (options or {}).items():
         if key.startswith(PREFIX):
             if key.removeprefix(PREFIX) not in fields:
-                raise OptionError(f"there is no option {key!r}; ours are {', '.join(sorted(PREFIX + f for f in fields))}")
+                raise OptionError(
+                    f"there is no option {key!r}; ours are {', '.join(sorted(PREFIX + f for f in fields))}"
+                )
             ours[key.removeprefix(PREFIX)] = value
         elif key.replace("-", "_") in known:
             theirs[key.replace("-", "_")] = value
         else:
             raise OptionError(
-                f"there is no option {key!r}: ours start with {PREFIX!r}, every other must be a key of torch._inductor.config"
+                f"there is no option {key!r}: ours start with {PREFIX!r}, "
+                "every other must be a key of torch._inductor.config"
             )
     if not isinstance(ours.get("strict", False), bool):
         raise OptionError(f"quark.strict is {ours['strict']!r}; expected True or False")
@@ -63,8 +67,8 @@ def quark(
 ) -> Callable[..., Any]:
     """Compile a graph. Called by ``torch.compile``, which finds it by the name ``"quark"``.
 
-    The passes a user has set in ``torch._inductor.config`` or in ``options`` run too: before our rules, and after our late
-    decomposition.
+    The passes a user has set in ``torch._inductor.config`` or in ``options`` run too: before our rules, and after our
+    late decomposition.
     """
     # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
     from quark_inductor.lowering import registry as lowerings  # noqa: F401
@@ -86,7 +90,7 @@ def quark(
 
 
 def _reset() -> None:
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+    from quark_inductor.patterns._inductor import reset_cudagraph_trees
 
     reset_cudagraph_trees()
 

@@ -1,8 +1,8 @@
 """``quantization_config`` of a Quark checkpoint: read into specs, and written from them.
 
-Every key is known here or is an error: a key that is skipped today is a wrong number tomorrow. Written after amd-quark 0.13
-(``quark/torch/export/main_export/quant_config_parser.py`` and ``quantization/config/config.py``); older files lack some
-keys, which then take the defaults below.
+Every key is known here or is an error: a key that is skipped today is a wrong number tomorrow. Written after amd-quark
+0.13 (``quark/torch/export/main_export/quant_config_parser.py`` and ``quantization/config/config.py``); older files
+lack some keys, which then take the defaults below.
 """
 
 import fnmatch
@@ -56,7 +56,8 @@ class QuantizationConfig:
     Attributes:
         default: the spec of every Linear that no pattern names.
         by_pattern: fnmatch pattern on the module's name -> spec; the first that matches wins.
-        exclude: fnmatch patterns, or ``re:`` and a regular expression that must match from the name's start (as files on
+        exclude: fnmatch patterns, or ``re:`` and a regular expression that must match from the name's start (as files
+        on
             the hub and vLLM have it); a Linear one of them names is not quantized, whatever else names it.
     """
 
@@ -91,8 +92,8 @@ def parse(config: Any) -> QuantizationConfig:
     method = config.get("quant_method")
     if method != "quark":
         raise ConfigError(
-            f"{where}.quant_method is {method!r}, expected 'quark': this checkpoint was not written by AMD Quark in its own "
-            "format; load it with transformers"
+            f"{where}.quant_method is {method!r}, expected 'quark': this checkpoint was not written by AMD Quark in "
+            "its own format; load it with transformers"
         )
     for key, value in config.items():
         if key not in _TOP:
@@ -107,7 +108,8 @@ def parse(config: Any) -> QuantizationConfig:
             "again with weight_format='real_quantized'"
         )
     if export.get("kv_cache_group"):
-        raise ConfigError(f"{where}.export.kv_cache_group is {export['kv_cache_group']!r}: a quantized KV cache is not supported yet")
+        groups = export["kv_cache_group"]
+        raise ConfigError(f"{where}.export.kv_cache_group is {groups!r}: a quantized KV cache is not supported yet")
     for algorithm in config.get("algo_config") or []:
         name = _mapping(algorithm, f"{where}.algo_config entry").get("name")
         if name not in _OFFLINE_ALGORITHMS:
@@ -176,8 +178,8 @@ def _tensor_spec(config: Any, where: str) -> TensorSpec | None:
     if group is not None and (not isinstance(group, int) or group < 1):
         raise ConfigError(f"{where}.group_size is {group!r}, expected a positive number or null")
     axis, qscheme = config.get("ch_axis"), config["qscheme"]
-    # A group runs along the last dimension. A channel of a weight is a row; a channel of an activation [batch, tokens, K]
-    # is a token, which amd-quark writes as axis 1.
+    # A group runs along the last dimension. A channel of a weight is a row; a channel of an activation [batch, tokens,
+    # K] is a token, which amd-quark writes as axis 1.
     expected = {"per_group": (-1, 1, None), "per_channel": (1,) if ".input" in where else (0,)}.get(qscheme)
     if expected is not None and axis not in expected:
         raise ConfigError(f"{where}.ch_axis is {axis!r} with {qscheme}, expected {expected[0]}")

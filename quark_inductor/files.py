@@ -79,7 +79,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index_path} names {shard!r}, expected a .safetensors file beside it")
         if not (directory / shard).exists():
             missing = next(k for k, v in weight_map.items() if v == shard)
-            raise CheckpointError(f"{directory / shard} is missing; {index_path.name} says it holds {missing} and others")
+            raise CheckpointError(
+                f"{directory / shard} is missing; {index_path.name} says it holds {missing} and others"
+            )
         for name, stored in _header(directory / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(f"{shard} holds {name}, which {index_path.name} places in {weight_map.get(name)}")
@@ -93,11 +95,13 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
+            for name in file.keys():
                 view = file.get_slice(name)
                 dtype = _DTYPES.get(view.get_dtype())
                 if dtype is None:
-                    raise CheckpointError(f"{name} in {path} has dtype {view.get_dtype()}; known are {', '.join(_DTYPES)}")
+                    raise CheckpointError(
+                        f"{name} in {path} has dtype {view.get_dtype()}; known are {', '.join(_DTYPES)}"
+                    )
                 tensors[name] = StoredTensor(path, tuple(view.get_shape()), dtype)
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({e}); download or export it again") from e
@@ -107,8 +111,8 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     """One tensor, in memory of its own.
 
-    The file is opened for this tensor alone: pages of a mapping that stays open count as memory, and a checkpoint would be
-    held twice while it loads.
+    The file is opened for this tensor alone: pages of a mapping that stays open count as memory, and a checkpoint
+    would be held twice while it loads.
     """
     try:
         with safe_open(stored.file, framework="pt") as file:

@@ -26,7 +26,8 @@ def load(
 ) -> nn.Module:
     """Load a checkpoint written by AMD Quark.
 
-    Needs no amd-quark and runs no code of the checkpoint's (no pickle, no remote code). Memory stays near the checkpoint's
+    Needs no amd-quark and runs no code of the checkpoint's (no pickle, no remote code). Memory stays near the
+    checkpoint's
     size: the model is built without memory and filled tensor by tensor.
 
     Args:
@@ -133,7 +134,11 @@ def quantized_linears(
 
 
 def _fill(
-    model: nn.Module, stored: dict[str, files.StoredTensor], device: torch.device, stored_dtype: torch.dtype, strict: bool
+    model: nn.Module,
+    stored: dict[str, files.StoredTensor],
+    device: torch.device,
+    stored_dtype: torch.dtype,
+    strict: bool,
 ) -> None:
     from rich.progress import track
 

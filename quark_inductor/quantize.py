@@ -11,14 +11,13 @@ from quark_inductor.schemes.errors import ConfigError
 from quark_inductor.schemes.spec import PRESETS, LinearSpec
 
 
-def quantize_(
-    model: nn.Module, scheme: str | Mapping[str, str], exclude: Sequence[str] = ("lm_head",)
-) -> nn.Module:
+def quantize_(model: nn.Module, scheme: str | Mapping[str, str], exclude: Sequence[str] = ("lm_head",)) -> nn.Module:
     """Quantize a model's Linears in place, with amd-quark's numbers.
 
     Args:
         model: a float model with its weights; every ``nn.Linear`` in it is a candidate.
-        scheme: a scheme's name (``"mxfp4"``, ``"ptpc_fp8"``, ``"fp8_dynamic"``), or a dict of fnmatch patterns on module
+        scheme: a scheme's name (``"mxfp4"``, ``"ptpc_fp8"``, ``"fp8_dynamic"``), or a dict of fnmatch patterns on
+        module
             names to scheme names: the first that matches wins, a Linear that none matches stays as it is.
         exclude: fnmatch patterns (or ``re:`` and a regular expression) of Linears that stay as they are.
 
@@ -37,7 +36,9 @@ def quantize_(
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     dtypes = {m.weight.dtype for m in linears}
     if len(dtypes) != 1:
-        raise ConfigError(f"the model's Linears have {len(dtypes)} dtypes ({dtypes}), expected one: cast the model first")
+        raise ConfigError(
+            f"the model's Linears have {len(dtypes)} dtypes ({dtypes}), expected one: cast the model first"
+        )
     # Every layer is checked before the first is changed: an error leaves the model as it was.
     planned = quantized_linears(model, config, dtypes.pop())
     del linears

@@ -24,10 +24,12 @@ class QuarkScheme(ABC):
 
     Attributes:
         name: the scheme's registered name, that of its file.
+        fused_op: bare name of the op that a rule makes of its emulation.
         spec: the spec it was made for.
     """
 
     name: ClassVar[str]
+    fused_op: ClassVar[str]
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
@@ -73,7 +75,7 @@ class QuarkScheme(ABC):
 
     @abstractmethod
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """The parameters of :meth:`create_weights` for a float ``weight [N, K]``, by name, as amd-quark exports them."""
+        """The parameters of :meth:`create_weights` for a float ``weight [N, K]``, as amd-quark exports them."""
 
 
 _SCHEMES: dict[str, type[QuarkScheme]] = {}
@@ -107,9 +109,10 @@ def scheme_for(spec: LinearSpec) -> QuarkScheme:
 
 
 class QuarkLinear(nn.Module):
-    """A Linear whose weight is quantized: ``y = x @ dequantize(weight).T + bias``, its input quantized too if so specified.
+    """A Linear whose weight is quantized: ``y = x @ dequantize(weight).T + bias``.
 
-    Its parameters are the checkpoint's tensors (``weight``, ``weight_scale``, ...) under the checkpoint's names.
+    If its spec says so, its input is quantized too. Its parameters are the checkpoint's tensors (``weight``,
+    ``weight_scale``, ...) under the checkpoint's names.
 
     Attributes:
         in_features: K.

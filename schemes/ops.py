@@ -58,8 +58,8 @@ def mx_gemm(
 ) -> Tensor:
     """``[M, N]``: the product of block-quantized operands, plus ``bias [N]``, in ``out_dtype``.
 
-    ``x`` is uint8 ``[M, K/2]`` with E8M0 ``x_scale [M, K/32]``, ``weight`` uint8 ``[N, K/2]`` with ``weight_scale [N, K/32]``.
-    This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
+    ``x`` is uint8 ``[M, K/2]`` with E8M0 ``x_scale [M, K/32]``, ``weight`` uint8 ``[N, K/2]`` with ``weight_scale [N,
+    K/32]``. This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
     """
     dequantize = torch.ops.quark_inductor.mx_dequantize
     return F.linear(
@@ -86,7 +86,8 @@ def fp8_gemm(
 ) -> Tensor:
     """``[M, N]``: the product of FP8 operands ``x [M, K]`` and ``weight [N, K]``, plus ``bias [N]``, in ``out_dtype``.
 
-    This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``. ``x_scale`` is ``[]`` (per tensor) or ``[M, 1]`` (per token), ``weight_scale`` ``[]`` or ``[N]`` (per channel).
+    This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``. ``x_scale`` is
+    ``[]`` (per tensor) or ``[M, 1]`` (per token), ``weight_scale`` ``[]`` or ``[N]`` (per channel).
     """
     dtype = dtype_of(out_dtype)
     return F.linear(fp8.dequantize(x, x_scale, dtype), fp8.dequantize_weight(weight, weight_scale, dtype), bias)
@@ -97,8 +98,8 @@ def fp8_prologue_gemm(
 ) -> Tensor:
     """:func:`fp8_gemm` of a float activation ``[M, K]`` that is quantized in the GEMM's prologue.
 
-    ``granularity`` is ``"per_tensor"`` (by ``x_scale []``, stored or computed before) or ``"per_token"`` (``x_scale`` is
-    ``None``: each row's scale is computed in the prologue).
+    ``granularity`` is ``"per_tensor"`` (by ``x_scale []``, stored or computed before) or ``"per_token"`` (``x_scale``
+    is ``None``: each row's scale is computed in the prologue).
     """
     scale = fp8.dynamic_scale(x, granularity) if x_scale is None else x_scale
     return fp8_gemm(fp8.quantize(x, scale), scale, weight, weight_scale, bias, dtype_name(x.dtype))
@@ -106,7 +107,9 @@ def fp8_prologue_gemm(
 
 def _fake_mx_quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
     if format not in mx.FORMATS or scale_rule not in mx.SCALE_RULES:
-        raise ValueError(f"format {format!r} with scale rule {scale_rule!r}: expected {mx.FORMATS} with {mx.SCALE_RULES}")
+        raise ValueError(
+            f"format {format!r} with scale rule {scale_rule!r}: expected {mx.FORMATS} with {mx.SCALE_RULES}"
+        )
     *rows, k = x.shape
     torch._check(k % mx.BLOCK == 0, lambda: f"mx_quantize: K = {k} is not a multiple of {mx.BLOCK}")
     return x.new_empty((*rows, k // 2), dtype=torch.uint8), x.new_empty((*rows, k // mx.BLOCK), dtype=torch.uint8)
@@ -137,7 +140,9 @@ def _register(schema: str, eager: Callable[..., object], fake: Callable[..., obj
 
 _register("mx_quantize(Tensor x, str format, str scale_rule) -> (Tensor, Tensor)", mx_quantize, _fake_mx_quantize)
 _register(
-    "mx_dequantize(Tensor codes, Tensor scales, str format, str out_dtype) -> Tensor", mx_dequantize, _fake_mx_dequantize
+    "mx_dequantize(Tensor codes, Tensor scales, str format, str out_dtype) -> Tensor",
+    mx_dequantize,
+    _fake_mx_dequantize,
 )
 _register(
     "mx_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, "

@@ -19,11 +19,12 @@ SCALE_RULE = "even"
 class QuarkW4A4MXFP4(QuarkScheme):
     """``weight`` uint8 ``[N, K/2]`` (element 2i in the low nibble), ``weight_scale`` uint8 E8M0 ``[N, K/32]``.
 
-    The activation is quantized along K in blocks of 32, scale rule "even", elements half to even. Source: amd-quark 0.13
-    (``export/nn/modules/qparamslinear.py``, ``observer.py: PerBlockMXObserver``).
+    The activation is quantized along K in blocks of 32, scale rule "even", elements half to even. Source: amd-quark
+    0.13 (``export/nn/modules/qparamslinear.py``, ``observer.py: PerBlockMXObserver``).
     """
 
     name = "w4a4_mxfp4"
+    fused_op = "mx_prologue_gemm"
 
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
@@ -56,7 +57,9 @@ class QuarkW4A4MXFP4(QuarkScheme):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the scales. The checkpoint's layout is what the emulation and the kernels read."""
         if (layer.weight_scale == e8m0.NAN_CODE).any():
-            raise CheckpointError("weight_scale holds the E8M0 code 255, a NaN: the checkpoint is damaged; export it again")
+            raise CheckpointError(
+                "weight_scale holds the E8M0 code 255, a NaN: the checkpoint is damaged; export it again"
+            )
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""

@@ -16,12 +16,13 @@ from quark_inductor.schemes.spec import PRESETS, LinearSpec
 class QuarkW8A8Fp8(QuarkScheme):
     """``weight`` float8_e4m3fn ``[N, K]``, ``weight_scale`` ``[]`` or ``[N]``, ``input_scale`` ``[]`` if static.
 
-    Scales are multipliers in the model's dtype. Per token means one scale a row of the flattened ``[tokens, K]`` input, as
-    vLLM runs it; amd-quark's own emulation takes one scale per index of dimension 1, which is the same for a 3-D
-    input of batch 1 only. Source: amd-quark 0.13 (``hw_emulation_interface.py: fake_quantize_fp8_*``).
+    Scales are multipliers in the model's dtype. Per token means one scale a row of the flattened ``[tokens, K]``
+    input, as vLLM runs it; amd-quark's own emulation takes one scale per index of dimension 1, which is the same for a
+    3-D input of batch 1 only. Source: amd-quark 0.13 (``hw_emulation_interface.py: fake_quantize_fp8_*``).
     """
 
     name = "w8a8_fp8"
+    fused_op = "fp8_prologue_gemm"
 
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:

@@ -4,6 +4,7 @@ What differs between formats is in the headers: how a row is prepared (quantized
 whatever Inductor fuses after the GEMM run on the float32 tile while it is in cache.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from quark_inductor.lowering._inductor import (
     ops,
     parallel_num_threads,
     select_choice,
-    static_size,
 )
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.target import Target
@@ -34,7 +34,8 @@ _PREPARE = {
     "mx_prologue_gemm": "quark::mxfp4::quantize_row(x + m * K, K, row)",
     "mx_gemm": "quark::mxfp4::load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)",
     "fp8_prologue_gemm per_tensor": "quark::fp8::quantize_row(x + m * K, K, float(x_scale[0]), row)",
-    "fp8_prologue_gemm per_token": "quark::fp8::quantize_row(x + m * K, K, quark::fp8::dynamic_scale(x + m * K, K), row)",
+    "fp8_prologue_gemm per_token": "quark::fp8::quantize_row("
+    "x + m * K, K, quark::fp8::dynamic_scale(x + m * K, K), row)",
     "fp8_gemm": "quark::fp8::load_row(x + m * K, K, float(x_scale[{{'m' if x_scale_per_row else '0'}}]), row)",
 }
 _TILE = {
@@ -98,6 +99,17 @@ extern "C" {{export}}
 """
 
 
+@functools.cache
+def _template(source: str) -> Any:
+    # Parsing costs more than rendering, and every Linear of a model renders the same few sources.
+    return CppTemplate._template_from_string(source)
+
+
+@functools.cache
+def _headers(family: str) -> str:
+    return "\n".join((Path(__file__).parent / name).read_text() for name in ("common.h", _HEADER[family]))
+
+
 class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
     """A fused GEMM as C++ source."""
 
@@ -150,7 +162,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "T": dtype,
             "mode": f"Rounded<{dtype}>" if rounds else "Exact",
             "namespace": {"mx": "mxfp4", "fp8": "fp8"}[family],
-            "headers": "\n".join((Path(__file__).parent / h).read_text() for h in ("common.h", _HEADER[family])),
+            "headers": _headers(family),
             "export": get_export_declaration(),
             "inputs": self.inputs,
             "aliases": {a: output.get_name() for a in aliases},
@@ -170,9 +182,9 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         }
         prepare = _PREPARE[f"{problem.op} {problem.granularity}".strip()]
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(gemm_out)):
-            options["prepare"] = self._template_from_string(prepare).render(**options)
-            options["tile"] = self._template_from_string(_TILE[family]).render(**options)
-            return str(self._template_from_string(_SOURCE).render(**options))
+            options["prepare"] = _template(prepare).render(**options)
+            options["tile"] = _template(_TILE[family]).render(**options)
+            return str(_template(_SOURCE).render(**options))
 
     def _bias_and_cast(self, gemm_out: Any) -> Any:
         bias, dtype = self.inputs.get("bias"), self.layout.dtype

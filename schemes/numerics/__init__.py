@@ -1,1 +1,1 @@
-"""Number formats in plain torch: quantize, dequantize, pack, unpack. Pure functions, no state, traceable by Inductor."""
+"""Number formats in plain torch: quantize, dequantize, pack, unpack. Pure and traceable by Inductor."""

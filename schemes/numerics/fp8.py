@@ -1,4 +1,4 @@
-"""FP8 E4M3 (OCP "fn" variant: no infinity, largest finite value 448), with a scale per tensor, per token or per channel.
+"""FP8 E4M3 (OCP "fn" variant: no infinity, largest finite value 448), scaled per tensor, token or channel.
 
 ``x ~= code * scale``. All steps are in the dtype of ``x``, as amd-quark 0.13 does them: in bfloat16 the quotient and
 the product are rounded to bfloat16 (``hw_emulation_interface.py: fake_quantize_fp8_per_tensor_with_scale``).

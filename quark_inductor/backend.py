@@ -38,6 +38,8 @@ def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     ours: dict[str, Any] = {}
     fields = {f.name for f in dataclasses.fields(Options)}
     for key, value in (options or {}).items():
+        if not isinstance(key, str):
+            raise OptionError(f"there is no option {key!r}: options are strings")
         if key.startswith(PREFIX):
             if key.removeprefix(PREFIX) not in fields:
                 raise OptionError(
@@ -45,7 +47,10 @@ def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
                 )
             ours[key.removeprefix(PREFIX)] = value
         elif key.replace("-", "_") in known:
-            theirs[key.replace("-", "_")] = value
+            name = key.replace("-", "_")
+            if known[name] is not None and value is not None and type(value) is not type(known[name]):
+                raise OptionError(f"option {key!r} is {value!r}, expected a {type(known[name]).__name__}")
+            theirs[name] = value
         else:
             raise OptionError(
                 f"there is no option {key!r}: ours start with {PREFIX!r}, "

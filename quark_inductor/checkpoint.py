@@ -46,6 +46,7 @@ _TOP: dict[str, tuple[Any, ...] | None] = {
     "softmax_quant_spec": (None,),
     "version": None,
 }
+_EXPORT_KEYS = {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
 _LAYER_KEYS = {"bias", "input_tensors", "output_tensors", "target_device", "weight"}
 
 
@@ -64,6 +65,18 @@ class QuantizationConfig:
     default: LinearSpec | None
     by_pattern: Mapping[str, LinearSpec | None] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern.
+
+        Raises:
+            ConfigError: a regular expression that does not compile.
+        """
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except (re.error, OverflowError, RecursionError) as e:
+                raise ConfigError(f"exclude has {pattern[:80]!r}, which is no regular expression: {e}") from e
 
     def spec_for(self, name: str) -> LinearSpec | None:
         """The spec of the Linear of this name, or ``None`` if it is not quantized."""
@@ -110,9 +123,16 @@ def parse(config: Any) -> QuantizationConfig:
     if export.get("kv_cache_group"):
         groups = export["kv_cache_group"]
         raise ConfigError(f"{where}.export.kv_cache_group is {groups!r}: a quantized KV cache is not supported yet")
-    for algorithm in config.get("algo_config") or []:
+    if unknown := sorted(set(export) - _EXPORT_KEYS):
+        raise ConfigError(f"{where}.export has unknown keys {unknown}; known are {sorted(_EXPORT_KEYS)}")
+    if export.get("pack_method") not in (None, "reorder", "order"):
+        raise ConfigError(f"{where}.export.pack_method is {export['pack_method']!r}, expected 'reorder' or 'order'")
+    algorithms = config.get("algo_config") or []
+    if not isinstance(algorithms, list):
+        raise ConfigError(f"{where}.algo_config is {algorithms!r}, expected a list")
+    for algorithm in algorithms:
         name = _mapping(algorithm, f"{where}.algo_config entry").get("name")
-        if name not in _OFFLINE_ALGORITHMS:
+        if not isinstance(name, str) or name not in _OFFLINE_ALGORITHMS:
             raise ConfigError(
                 f"{where}.algo_config has {name!r}, which may change the model's graph; supported are "
                 f"{', '.join(sorted(_OFFLINE_ALGORITHMS))}, whose whole effect is in the weights"
@@ -123,11 +143,6 @@ def parse(config: Any) -> QuantizationConfig:
     exclude = config.get("exclude") or []
     if not isinstance(exclude, list) or not all(isinstance(e, str) for e in exclude):
         raise ConfigError(f"{where}.exclude is {exclude!r}, expected a list of names or patterns")
-    for pattern in exclude:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as e:
-            raise ConfigError(f"{where}.exclude has {pattern!r}, which is no regular expression: {e}") from e
     return QuantizationConfig(
         default=_linear_spec(config["global_quant_config"], f"{where}.global_quant_config"),
         by_pattern={p: _linear_spec(c, f"{where}.layer_quant_config[{p!r}]") for p, c in layers.items()},
@@ -184,13 +199,18 @@ def _tensor_spec(config: Any, where: str) -> TensorSpec | None:
     if expected is not None and axis not in expected:
         raise ConfigError(f"{where}.ch_axis is {axis!r} with {qscheme}, expected {expected[0]}")
     scale_format = config.get("scale_format")
+    if scale_format is not None and qscheme != "per_group":
+        raise ConfigError(f"{where}.scale_format is {scale_format!r} with {qscheme}, expected null")
     e8m0 = scale_format == "e8m0"
+    dynamic = config.get("is_dynamic")
+    if dynamic not in (True, False, None) or (isinstance(dynamic, int) and not isinstance(dynamic, bool)):
+        raise ConfigError(f"{where}.is_dynamic is {dynamic!r}, expected true or false")
     return TensorSpec(
         dtype=config["dtype"],
         qscheme=qscheme,
         group_size=group if qscheme == "per_group" else None,
-        is_dynamic=bool(config.get("is_dynamic")),
-        scale_format=scale_format if e8m0 or qscheme == "per_group" else None,
+        is_dynamic=bool(dynamic),
+        scale_format=scale_format,
         scale_calculation_mode=(config.get("scale_calculation_mode") or "even") if e8m0 else None,
     )
 

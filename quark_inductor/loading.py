@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ def load(
     config = checkpoint.parse(raw["quantization_config"])
     stored = files.stored_tensors(directory)
     model, stored_dtype = _empty_model(directory, dtype)
-    for name, (_, linear) in quantized_linears(model, config, model.dtype).items():
-        replace_module(model, name, linear)
+    replace_linears(model, quantized_linears(model, config, model.dtype))
     _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict)
     for name, module in model.named_modules():
         if isinstance(module, QuarkLinear):
@@ -78,27 +77,31 @@ def _directory(path: str | Path) -> Path:
 def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[nn.Module, torch.dtype]:
     """The float model without memory for its parameters, and the dtype the checkpoint was written in."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    try:
+    path = directory / files.CONFIG
+    with _refused_by_transformers(f"read {path}"):
         config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"transformers cannot read {directory / files.CONFIG}: {e}") from e
     del config.quantization_config
     stored_dtype = config.dtype
     if not isinstance(stored_dtype, torch.dtype):
-        raise ConfigError(f"{directory / files.CONFIG}: dtype is {stored_dtype!r}, expected one such as 'bfloat16'")
+        raise ConfigError(f"{path}: dtype is {stored_dtype!r}, expected one such as 'bfloat16'")
     # Buffers that no file holds (rotary frequencies) are real: only parameters stay on the meta device.
-    with init_empty_weights(include_buffers=False):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored_dtype, trust_remote_code=False)
-        except ValueError as e:
-            raise ConfigError(f"transformers cannot build the model of {directory / files.CONFIG}: {e}") from e
+    with init_empty_weights(include_buffers=False), _refused_by_transformers(f"build the model of {path}"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored_dtype, trust_remote_code=False)
     if (directory / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        with _refused_by_transformers(f"read {directory / 'generation_config.json'}"):
+            model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, stored_dtype
+
+
+@contextlib.contextmanager
+def _refused_by_transformers(action: str) -> Iterator[None]:
+    # What a wrong value in a config makes transformers raise has no common class.
+    try:
+        yield
+    except Exception as e:
+        raise ConfigError(f"transformers cannot {action}: {type(e).__name__}: {e}") from e
 
 
 @contextlib.contextmanager
@@ -119,18 +122,37 @@ def quantized_linears(
         ConfigError: no scheme for a layer's spec, or no layer to quantize.
         ShapeError: a layer's sizes do not fit its scheme.
     """
-    found = {}
-    for name, module in model.named_modules():
+    found: dict[str, tuple[nn.Linear, QuarkLinear]] = {}
+    shared: dict[int, QuarkLinear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         spec = config.spec_for(name) if type(module) is nn.Linear else None
         if spec is None:
             continue
         assert isinstance(module, nn.Linear)
+        if not name:
+            raise ConfigError("the model is a Linear itself, which cannot be replaced in place; put it into a module")
         with naming(name):
             n, k, bias = module.out_features, module.in_features, module.bias is not None
-            found[name] = module, QuarkLinear(k, n, scheme_for(spec), bias=bias, dtype=dtype, device="meta")
+            new = QuarkLinear(k, n, scheme_for(spec), bias=bias, dtype=dtype, device="meta")
+            # A module that is used at two places stays one module.
+            new = shared.setdefault(id(module), new)
+            if new.scheme.spec != spec:
+                raise ConfigError("this Linear is used under another name too, where it has another spec")
+        found[name] = module, new
     if not found:
         raise ConfigError("none of the model's Linears is quantized; check the patterns and the excluded names")
     return found
+
+
+def replace_linears(model: nn.Module, linears: Mapping[str, tuple[nn.Linear, QuarkLinear]]) -> None:
+    """Put the new Linears in place; one whose weight was tied to another tensor is so no longer."""
+    for name, (_, linear) in linears.items():
+        replace_module(model, name, linear)
+    tied: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
+    for key in [k for k, source in (tied or {}).items() if {k, source} & {f"{n}.weight" for n in linears}]:
+        assert tied is not None
+        del tied[key]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def _fill(

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from quark_inductor.checkpoint import QuantizationConfig
-from quark_inductor.loading import quantized_linears
-from quark_inductor.schemes.base import replace_module, set_parameters
+from quark_inductor.loading import quantized_linears, replace_linears
+from quark_inductor.schemes.base import set_parameters
 from quark_inductor.schemes.errors import ConfigError
 from quark_inductor.schemes.spec import PRESETS, LinearSpec
 
 
-def quantize_(model: nn.Module, scheme: str | Mapping[str, str], exclude: Sequence[str] = ("lm_head",)) -> nn.Module:
+def quantize_(
+    model: nn.Module, scheme: str | Mapping[str, str], exclude: str | Sequence[str] = ("lm_head",)
+) -> nn.Module:
     """Quantize a model's Linears in place, with amd-quark's numbers.
 
     Args:
@@ -28,6 +30,7 @@ def quantize_(model: nn.Module, scheme: str | Mapping[str, str], exclude: Sequen
         ConfigError: an unknown scheme, or one whose activation scales must be calibrated; nothing to quantize.
         ShapeError: a layer's sizes do not fit the scheme; exclude it.
     """
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     if isinstance(scheme, str):
         config = QuantizationConfig(default=_preset(scheme), exclude=tuple(exclude))
     else:
@@ -41,12 +44,16 @@ def quantize_(model: nn.Module, scheme: str | Mapping[str, str], exclude: Sequen
         )
     # Every layer is checked before the first is changed: an error leaves the model as it was.
     planned = quantized_linears(model, config, dtypes.pop())
+    for name, (old, _) in planned.items():
+        if not old.weight.isfinite().all():
+            raise ConfigError(f"{name}: the weight holds a NaN or an infinity, which cannot be quantized")
     del linears
     for name in list(planned):
         old, new = planned.pop(name)  # so that a float weight is freed as soon as it is quantized
-        set_parameters(new, **new.scheme.quantize_weight(old.weight.data))
-        new.bias = old.bias
-        replace_module(model, name, new)
+        if new.weight.is_meta:
+            set_parameters(new, **new.scheme.quantize_weight(old.weight.data))
+            new.bias = old.bias
+        replace_linears(model, {name: (old, new)})
     return model.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from quark_inductor import checkpoint, files
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
+from quark_inductor.schemes.ops import dtype_name
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -34,9 +35,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    floats = {t.dtype for t in state.values() if t.is_floating_point() and t.dtype.itemsize > 1}
+    if len(floats) != 1:
+        raise ConfigError(f"the model's float tensors have {len(floats)} dtypes ({floats}), expected one")
     save_torch_state_dict(state, directory, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
     config: dict[str, Any] = model.config.to_diff_dict()  # type: ignore[union-attr, operator]
     config["architectures"] = [type(model).__name__]
+    config["dtype"] = dtype_name(floats.pop())
     config["quantization_config"] = checkpoint.to_json(quantized, plain)
     (directory / files.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:

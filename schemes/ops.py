@@ -101,33 +101,60 @@ def fp8_prologue_gemm(
     ``granularity`` is ``"per_tensor"`` (by ``x_scale []``, stored or computed before) or ``"per_token"`` (``x_scale``
     is ``None``: each row's scale is computed in the prologue).
     """
+    fp8.check_granularity(granularity)
     scale = fp8.dynamic_scale(x, granularity) if x_scale is None else x_scale
     return fp8_gemm(fp8.quantize(x, scale), scale, weight, weight_scale, bias, dtype_name(x.dtype))
 
 
 def _fake_mx_quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
-    if format not in mx.FORMATS or scale_rule not in mx.SCALE_RULES:
-        raise ValueError(
-            f"format {format!r} with scale rule {scale_rule!r}: expected {mx.FORMATS} with {mx.SCALE_RULES}"
-        )
+    mx.check_names(format, scale_rule=scale_rule)
     *rows, k = x.shape
     torch._check(k % mx.BLOCK == 0, lambda: f"mx_quantize: K = {k} is not a multiple of {mx.BLOCK}")
     return x.new_empty((*rows, k // 2), dtype=torch.uint8), x.new_empty((*rows, k // mx.BLOCK), dtype=torch.uint8)
 
 
 def _fake_mx_dequantize(codes: Tensor, scales: Tensor, format: str, out_dtype: str) -> Tensor:
+    mx.check_names(format)
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 2), dtype=dtype_of(out_dtype))
 
 
-def _fake_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(str(rest[-1])))
+def _fake_mx_gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_format: str,
+    weight_format: str,
+    out_dtype: str,
+) -> Tensor:
+    mx.check_names(x_format, weight_format)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
 
 
-def _fake_mx_prologue_gemm(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+def _fake_mx_prologue_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_format: str,
+    scale_rule: str,
+    weight_format: str,
+) -> Tensor:
+    mx.check_names(x_format, weight_format, scale_rule=scale_rule)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _fake_fp8_prologue_gemm(x: Tensor, x_scale: Tensor | None, weight: Tensor, *rest: object) -> Tensor:
+def _fake_fp8_gemm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
+
+
+def _fake_fp8_prologue_gemm(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, granularity: str
+) -> Tensor:
+    fp8.check_granularity(granularity)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -148,7 +175,7 @@ _register(
     "mx_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, "
     "str weight_format, str out_dtype) -> Tensor",
     mx_gemm,
-    _fake_gemm,
+    _fake_mx_gemm,
 )
 _register(
     "mx_prologue_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, str scale_rule, "
@@ -159,7 +186,7 @@ _register(
 _register(
     "fp8_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str out_dtype) -> Tensor",
     fp8_gemm,
-    _fake_gemm,
+    _fake_fp8_gemm,
 )
 _register(
     "fp8_prologue_gemm(Tensor x, Tensor? x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str granularity) "

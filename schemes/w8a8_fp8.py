@@ -71,6 +71,8 @@ class QuarkW8A8Fp8(QuarkScheme):
             bad = (p.view(torch.uint8) & 0x7F) == 0x7F if p.dtype == fp8.DTYPE else ~p.isfinite()
             if bad.any():
                 raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
+            if p.dtype != fp8.DTYPE and (p <= 0).any():
+                raise CheckpointError(f"{name} holds a scale that is not positive: the checkpoint is damaged")
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""

@@ -21,7 +21,8 @@ def encode(x: Tensor) -> Tensor:
     Returns:
         int32 codes 0..15 of the same shape, ``sign << 3 | exponent << 1 | mantissa``. Round half to even
         (0.25 -> 0, 0.75 -> 1, 2.5 -> 2, 5 -> 4); magnitudes above 6 and infinity saturate to 6; whatever rounds to
-        zero becomes +0 (code 0, never 8). FP4 has no NaN: a NaN gives some code, its block's scale must carry it.
+        zero becomes +0 (code 0, never 8). FP4 has no NaN: a NaN gives an unspecified int32, its block's scale
+        must carry it.
     """
     magnitude = x.abs().clamp(max=MAX)
     # The spacing of the codes is 0.5 below 2, 1 below 4 and 2 from there on.

@@ -10,6 +10,19 @@ from torch import Tensor
 DTYPE = torch.float8_e4m3fn
 
 
+GRANULARITIES = ("per_tensor", "per_token", "per_channel")
+
+
+def check_granularity(granularity: str) -> None:
+    """Refuse a granularity that is not known.
+
+    Raises:
+        ValueError: names it and the known ones.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"there is no granularity {granularity!r}; expected one of {', '.join(GRANULARITIES)}")
+
+
 def dynamic_scale(x: Tensor, granularity: str) -> Tensor:
     """``amax / 448`` in the dtype of ``x``.
 
@@ -23,6 +36,9 @@ def dynamic_scale(x: Tensor, granularity: str) -> Tensor:
         becomes ``2**-23``, as in amd-quark (``observer.py: eps``); a NaN
         or an infinity in the input makes its scale NaN or infinite.
     """
+    check_granularity(granularity)
+    if x.numel() == 0 and granularity == "per_tensor":
+        return x.new_ones(())  # of nothing, any scale: amax has none
     amax = x.abs().amax() if granularity == "per_tensor" else x.abs().amax(-1, keepdim=True)
     # Constants through finfo: Dynamo would make a module's float a symbolic input of a graph with dynamic=True.
     scale = amax / torch.finfo(DTYPE).max

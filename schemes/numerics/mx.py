@@ -18,6 +18,18 @@ FORMATS = ("mxfp4",)
 SCALE_RULES = ("even",)
 
 
+def check_names(*formats: str, scale_rule: str = "even") -> None:
+    """Refuse a format or a scale rule that is not known.
+
+    Raises:
+        ValueError: names it and the known ones.
+    """
+    if unknown := [f for f in formats if f not in FORMATS]:
+        raise ValueError(f"there is no block format {unknown[0]!r}; expected one of {', '.join(FORMATS)}")
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"there is no scale rule {scale_rule!r}; expected one of {', '.join(SCALE_RULES)}")
+
+
 def quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
     """Quantize to a block format, in float32.
 
@@ -32,6 +44,7 @@ def quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
         has scale code 255, so all of it is NaN; a block with an infinity has scale code 254, and dequantizes to
         infinity there.
     """
+    check_names(format, scale_rule=scale_rule)
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     scales = e8m0.encode_even(blocks.abs().amax(-1), fp4.MANTISSA_BITS, fp4.MAX_EXPONENT)
     codes = fp4.encode(blocks / e8m0.decode(scales).unsqueeze(-1))
@@ -50,6 +63,7 @@ def dequantize(codes: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -
     Returns:
         ``[..., K]`` in ``dtype``. A scale code 255 makes its block NaN; 254 with an element >= 2 is infinite.
     """
+    check_names(format)
     elements = fp4.decode(fp4.unpack(codes)).unflatten(-1, (-1, BLOCK))
     return (elements * e8m0.decode(scales).unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -62,5 +76,6 @@ def _byte_values(device: torch.device) -> Tensor:
 
 def dequantize_by_table(codes: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """:func:`dequantize`, faster when run eagerly, and of no use in a graph, where tables do not vectorize."""
+    check_names(format)
     elements = F.embedding(codes.to(torch.int32), _byte_values(codes.device)).flatten(-2).unflatten(-1, (-1, BLOCK))
     return (elements * e8m0.decode(scales).unsqueeze(-1)).flatten(-2).to(dtype)

@@ -1,9 +1,8 @@
 """The function behind ``backend="quark"``: how torch finds it, its options, and a user's own passes."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +67,17 @@ print(before, "quark_inductor.patterns.pipeline" in sys.modules)
 
 
 def test_with_a_checkpoint(tmp_path: Path) -> None:
-    """All a user writes: load, compile, call."""
+    """All a user writes: load, compile, call. (A part of the model; tests/test_compiled_model.py compiles whole ones.)"""
     code = f"""
 import torch, quark_inductor
 from torch._dynamo.utils import counters
-model = torch.compile(quark_inductor.load({str(FIXTURES / "mxfp4")!r}), backend="quark")
+model = quark_inductor.load({str(FIXTURES / "mxfp4")!r})
+mlp = torch.compile(model.model.layers[0].mlp, backend="quark")
 with torch.inference_mode():
-    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert mlp(torch.ones(1, 2, 128, dtype=torch.bfloat16)).isfinite().all()
 print(counters["inductor"]["quark.mx_prologue_gemm.cpp"])
 """
-    assert python(code, tmp_path) == "14\n"
+    assert python(code, tmp_path) == "3\n"
 
 
 def test_a_model_in_training_mode_of_torch_trains() -> None:
@@ -142,11 +142,10 @@ def test_mode_and_options_together() -> None:
         ({"quark.provider": 3}, "quark.provider is 3; expected one of cpp, emulation"),
         ({"max_autotune": "yes"}, "max_autotune"),
         ({"freezing": 1.5}, "freezing"),
-        ({1: True}, "1"),
     ],
     ids=str,
 )
-def test_wrong_options(options: dict[Any, Any], message: str) -> None:
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
     """Said before anything is compiled, with what would be right."""
     with pytest.raises(OptionError) as error:
         split_options(None, options)
@@ -246,7 +245,7 @@ def test_options_come_before_the_config() -> None:
     assert [name for name, _ in notes] == ["option"]
 
 
-def test_a_pass_may_change_the_graph(fresh: Any) -> None:
+def test_a_pass_may_change_the_graph() -> None:
     """What a user's pass makes of a graph is what our rules see."""
 
     class Double(CustomGraphPass):
@@ -264,10 +263,6 @@ def test_a_pass_may_change_the_graph(fresh: Any) -> None:
     y = torch.compile(quantized, backend="quark", fullgraph=True, options={"joint_custom_pre_pass": Double()})(x)
     torch.testing.assert_close(y, quantized(x) * 2)
     assert kernels() == 1
-
-
-def call_of(fn: Callable[..., Any]) -> Any:
-    return fn
 
 
 def test_two_graphs_of_one_model() -> None:

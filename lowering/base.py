@@ -1,7 +1,9 @@
 """Providers: who can turn a fused op into a kernel, asked in order, each with its reason when it cannot."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,17 +83,32 @@ def provider_names() -> tuple[str, ...]:
     return (*_PROVIDERS, EMULATION)
 
 
+_forced: ContextVar[str | None] = ContextVar("quark_inductor_provider", default=None)
+
+
+@contextlib.contextmanager
+def forcing(provider: str | None) -> Iterator[None]:
+    """Inside, :func:`select` asks only this provider where it is not told otherwise: rules and lowerings agree."""
+    token = _forced.set(provider)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def select(target: Target, problem: GemmProblem, forced: str | None = None) -> Selection:
     """The first provider that can run a problem.
 
     Args:
         target: where it will run.
         problem: what to run.
-        forced: a provider's name: nobody else is asked. ``"emulation"`` makes everybody refuse.
+        forced: a provider's name: nobody else is asked. ``"emulation"`` makes everybody refuse. By default that of
+            :func:`forcing`.
 
     Raises:
         OptionError: there is no provider of that name.
     """
+    forced = forced or _forced.get()
     if forced is not None and forced not in provider_names():
         raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
     refusals = []

@@ -102,7 +102,7 @@ class Rule(ABC):
         for node in [n for n in graph.nodes if n.op == "call_function" and n.target in roots]:
             for pattern, facts in self.traced:
                 match = pattern.match(node)
-                if not match:
+                if not isinstance(match, Match):
                     continue
                 reason = _unnamed_kwargs(match) or self.check(match, facts, options)
                 if reason is not None:
@@ -173,6 +173,9 @@ def refuse_unless_provided(op: str, match: Match, options: Options, *, k: int, g
     """``None`` if some provider can run the fused GEMM of a match, else everybody's reasons."""
     result = value(match.output_node())
     m, n = result.shape
+    bias = match.kwargs.get("bias")
+    if bias is not None and tuple(value(bias).shape) not in ((n,), (1,)):
+        return f"what is added has shape {tuple(value(bias).shape)}, expected a bias [{n}]"
     problem = GemmProblem(
         op=op, m=m if isinstance(m, int) else None, n=n, k=k, dtype=dtype_name(result.dtype), granularity=granularity
     )

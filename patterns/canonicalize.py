@@ -1,5 +1,6 @@
 """Bring a graph into the form the rules are written for. Keeps its meaning; safe on any graph."""
 
+import math
 import operator
 from typing import Any
 
@@ -19,7 +20,8 @@ def _frozen(arg: Any) -> Any:
         return tuple(_frozen(a) for a in arg)
     if isinstance(arg, dict):
         return tuple((k, _frozen(v)) for k, v in sorted(arg.items()))
-    return type(arg), arg  # 1, 1.0 and True are equal keys, but not equal arguments
+    # 1, 1.0 and True are equal keys, but not equal arguments; nor are 0.0 and -0.0.
+    return type(arg), arg, math.copysign(1.0, arg) if isinstance(arg, float) else 0
 
 
 def _is_pure(node: Node) -> bool:
@@ -31,14 +33,29 @@ def _is_pure(node: Node) -> bool:
     return node.target is operator.getitem
 
 
+def _memory_of_outputs(graph: Graph) -> set[Node]:
+    found: set[Node] = set()
+    todo = list(graph.output_node().all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns):
+            todo += node.all_input_nodes  # a view of them
+        elif node.target in (operator.getitem, aten.reshape.default):
+            todo += node.all_input_nodes  # may be one
+    return found
+
+
 def cse(graph: Graph) -> int:
     """Common subexpression elimination, in place; returns how many nodes went.
 
-    AOTAutograd does none for inference, so q, k and v would each quantize their common input. Two outputs of the graph
-    are never merged: the caller may write into one of them.
+    AOTAutograd does none for inference, so q, k and v would each quantize their common input. What two outputs of the
+    graph are, or are views of, is never merged: the caller may write into one of them.
     """
     seen: dict[Any, Node] = {}
-    outputs = set(graph.output_node().all_input_nodes)
+    outputs = _memory_of_outputs(graph)
     removed = 0
     for node in list(graph.nodes):
         if node in outputs or not _is_pure(node):
@@ -103,6 +120,7 @@ def _hoist(graph: Graph, view: Node) -> Node | None:
                 args.append(flat)
             else:
                 args.append(arg)
+        assert callable(source.target)
         new = graph.call_function(source.target, tuple(args), source.kwargs)
     new.meta = {**source.meta, "val": value(view)}
     view.replace_all_uses_with(new)

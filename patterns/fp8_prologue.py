@@ -62,18 +62,22 @@ class Fp8Prologue(Rule):
                 x = {"x": torch.zeros(m, k, dtype=dtype)}
                 if granularity == "per_tensor":
                     x["x_scale"] = torch.zeros((), dtype=dtype)
-                facts = {"granularity": granularity}
+                facts: dict[str, Any] = {"granularity": granularity}
                 search = functools.partial(_quantize_then_gemm, **facts)
                 weight, *_ = weight_examples(n, k, dtype)  # the kind of its scale makes no difference here
                 yield from with_and_without_bias(search, x | weight, n, dtype, **facts)
 
     def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
-        """A provider can run it."""
+        """One dtype throughout, a scale the op knows, and a provider can run it."""
+        x, y = value(match.kwargs["x"]), value(match.output_node())
+        if x.dtype != y.dtype:
+            return f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
         scale = match.kwargs.get("x_scale")
         if scale is not None and value(scale).ndim != 0:
             return f"the activation's scale has shape {tuple(value(scale).shape)} and is not amax / 448 of its rows"
-        k = value(match.kwargs["x"]).shape[1]
-        return refuse_unless_provided("fp8_prologue_gemm", match, options, k=k, granularity=facts["granularity"])
+        return refuse_unless_provided(
+            "fp8_prologue_gemm", match, options, k=x.shape[1], granularity=facts["granularity"]
+        )
 
     def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
         """One ``fp8_prologue_gemm``."""

@@ -41,7 +41,7 @@ class MxGemm(Rule):
         example = quantized_example(m, k, "x") | quantized_example(n, k, "weight")
         for fmt in mx.FORMATS:
             for dtype in FLOAT_DTYPES:
-                facts = {"x_format": fmt, "weight_format": fmt, "out_dtype": ops.dtype_name(dtype)}
+                facts: dict[str, Any] = {"x_format": fmt, "weight_format": fmt, "out_dtype": ops.dtype_name(dtype)}
                 yield from with_and_without_bias(functools.partial(ops.mx_gemm, **facts), example, n, dtype, **facts)
 
     def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:

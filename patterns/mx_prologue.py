@@ -66,7 +66,7 @@ class MxPrologue(Rule):
         for fmt in mx.FORMATS:
             for rule in mx.SCALE_RULES:
                 for dtype in FLOAT_DTYPES:
-                    facts = {"x_format": fmt, "scale_rule": rule, "weight_format": fmt}
+                    facts: dict[str, Any] = {"x_format": fmt, "scale_rule": rule, "weight_format": fmt}
                     search = functools.partial(_quantize_then_gemm, **facts, out_dtype=ops.dtype_name(dtype))
                     example = {"x": torch.zeros(m, k, dtype=dtype)} | quantized_example(n, k, "weight")
                     yield from with_and_without_bias(search, example, n, dtype, **facts)

@@ -24,7 +24,6 @@ from quark_inductor.patterns.base import Options, PassResult, Refusal, layer_of,
 from quark_inductor.patterns.canonicalize import cse, hoist_views
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.schemes.errors import NotFusedError
-from quark_inductor.schemes.numerics import fp8
 
 log = logging.getLogger(__name__)
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -79,7 +78,10 @@ def unfused_gemms(graph: Graph) -> list[Node]:
             operand = node.args[index]
             while isinstance(operand, Node) and operand.target in _WEIGHT_PATH:
                 operand = operand.args[0]
-            if isinstance(operand, Node) and value(operand).dtype in (fp8.DTYPE, torch.uint8):
+            if not isinstance(operand, Node):
+                continue
+            dtype = value(operand).dtype
+            if dtype.itemsize == 1 and dtype != torch.bool:  # codes, packed or not
                 found.append(node)
     return found
 

@@ -77,6 +77,7 @@ def quark(
     """
     # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
     from quark_inductor.lowering import registry as lowerings  # noqa: F401
+    from quark_inductor.lowering.base import forcing
     from quark_inductor.patterns._inductor import compile_fx, config, pass_list
     from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
     from quark_inductor.schemes import registry as schemes  # noqa: F401
@@ -90,7 +91,8 @@ def quark(
     before, after = "joint_custom_pre_pass", "post_grad_custom_post_pass"
     patches[before] = pass_list([*users(before), RulesPass(own)])
     patches[after] = pass_list([LateDecompositionPass(own), *users(after)])
-    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
+    with forcing(own.provider):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
 

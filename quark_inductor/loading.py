@@ -74,7 +74,7 @@ def _directory(path: str | Path) -> Path:
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
 
 
-def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[nn.Module, torch.dtype]:
+def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
     """The float model without memory for its parameters, and the dtype the checkpoint was written in."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

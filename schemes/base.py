@@ -66,11 +66,11 @@ class QuarkScheme(ABC):
         """
 
     @abstractmethod
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Bring the loaded parameters into the form :meth:`apply_weights` reads. Called once, after loading."""
 
     @abstractmethod
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """The emulation: ``x [M, K] -> [M, N]`` in the dtype of ``x``, in plain ops."""
 
     @abstractmethod

@@ -5,6 +5,7 @@ The fields and their values are those of a checkpoint's ``quantization_config`` 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class LinearSpec:
         return f"weight {self.weight}, input {self.input or 'not quantized'}"
 
 
-_MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+_MXFP4: dict[str, Any] = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
 _FP8_TENSOR = TensorSpec(dtype="fp8_e4m3", qscheme="per_tensor")
 _FP8_TENSOR_DYNAMIC = TensorSpec(dtype="fp8_e4m3", qscheme="per_tensor", is_dynamic=True)
 

@@ -1,6 +1,7 @@
 """MXFP4 weights, MXFP4 activations quantized at run time: amd-quark's scheme ``mxfp4``."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +55,14 @@ class QuarkW4A4MXFP4(QuarkScheme):
             weight_scale=torch.empty(n, k // mx.BLOCK, dtype=torch.uint8),
         )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check the scales. The checkpoint's layout is what the emulation and the kernels read."""
         if (layer.weight_scale == e8m0.NAN_CODE).any():
             raise CheckpointError(
                 "weight_scale holds the E8M0 code 255, a NaN: the checkpoint is damaged; export it again"
             )
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""
         codes, scales = torch.ops.quark_inductor.mx_quantize(x, FORMAT, SCALE_RULE)
         weight, weight_scale = layer.weight, layer.weight_scale

@@ -1,6 +1,7 @@
 """FP8 E4M3 weights and activations: amd-quark's schemes ``fp8`` and ``ptpc_fp8``, and ``fp8_dynamic``."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class QuarkW8A8Fp8(QuarkScheme):
         if self.input_granularity == "static":
             set_parameters(layer, input_scale=torch.empty((), dtype=params_dtype))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check the numbers. The checkpoint's layout is what the emulation and the kernels read."""
         for name, p in layer.named_parameters(recurse=False):
             if name == "bias":
@@ -74,7 +75,7 @@ class QuarkW8A8Fp8(QuarkScheme):
             if p.dtype != fp8.DTYPE and (p <= 0).any():
                 raise CheckpointError(f"{name} holds a scale that is not positive: the checkpoint is damaged")
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`QuarkScheme`."""
         granularity = self.input_granularity
         scale = layer.input_scale if granularity == "static" else fp8.dynamic_scale(x, granularity)

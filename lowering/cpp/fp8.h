@@ -95,15 +95,20 @@ template <typename T>
 inline __m512 weight_value(Rounded<T>, __m512 w, float scale) {
   return rounded_to<T>(_mm512_mul_ps(_mm512_mul_ps(w, _mm512_set1_ps(256.0f)), _mm512_set1_ps(scale)));
 }
-inline float sum_scale(Exact, float scale) { return 256.0f * scale; }
+inline double sum_scale(Exact, float scale) { return 256.0 * scale; }
 #else
 inline float weight_value(Exact, float w, float) { return w; }
 template <typename T>
 inline float weight_value(Rounded<T>, float w, float scale) { return rounded<T>(w * scale); }
-inline float sum_scale(Exact, float scale) { return scale; }
+inline double sum_scale(Exact, float scale) { return scale; }
 #endif
 template <typename T>
-inline float sum_scale(Rounded<T>, float) { return 1.0f; }
+inline double sum_scale(Rounded<T>, float) { return 1.0; }
+
+// A sum times both its scales. In double, where no order of the three overflows or loses bits to a subnormal.
+inline float scaled(float sum, float row_scale, double weight_scale) {
+  return float(double(sum) * double(row_scale) * weight_scale);
+}
 
 // out[m * ld + n] for MT prepared rows and `channels` output channels, whose scales are weight_scale[n * scale_stride].
 template <int MT, typename Mode, typename S>
@@ -137,7 +142,7 @@ __attribute__((noinline)) void tile(
     }
     for (int m = 0; m < MT; m++) {
       const float total = nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_add_ps(sum[m]);
-      out[m * ld + n] = total * *reinterpret_cast<const float*>(rows + m * stride) * sum_scale(Mode(), scale);
+      out[m * ld + n] = scaled(total, *reinterpret_cast<const float*>(rows + m * stride), sum_scale(Mode(), scale));
     }
 #else
     for (int m = 0; m < MT; m++) {
@@ -147,7 +152,7 @@ __attribute__((noinline)) void tile(
         const float value = float(at::Float8_e4m3fn(w[i], at::Float8_e4m3fn::from_bits()));
         sum += x[16 + i] * weight_value(Mode(), value, scale);
       }
-      out[m * ld + n] = sum * x[0] * sum_scale(Mode(), scale);
+      out[m * ld + n] = scaled(sum, x[0], sum_scale(Mode(), scale));
     }
 #endif
   }

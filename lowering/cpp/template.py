@@ -118,17 +118,18 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         super().__init__(f"quark_{problem.op}", list(inputs.values()), layout, parallel_num_threads())
         self.target, self.problem, self.inputs = target, problem, dict(inputs)
 
-    def render(  # type: ignore[no-untyped-def]
+    def render(  # type: ignore[override]
         self,
         kernel: Any,
         template_buffer_node: Any = None,
         flag_template_buffer_has_other_users: bool | None = None,
         epilogue_nodes: list[Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         """See ``torch._inductor.codegen.cpp_template.CppTemplate``."""
         problem = self.problem
-        output = template_buffer = template_buffer_node if template_buffer_node is not None else self.output_node
+        output: Any = template_buffer_node if template_buffer_node is not None else self.output_node
+        template_buffer = output
         gemm_out = ir.Buffer(
             name=f"{template_buffer.get_name()}_GemmOut",
             layout=ir.FixedLayout(self.layout.device, torch.float, self.layout.size, self.layout.stride),
@@ -139,14 +140,15 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
                 name=template_buffer.get_name(), layout=template_buffer.layout, data=self._bias_and_cast(gemm_out)
             )
         ]
-        reindexers, aliases, output_2d = [None], [gemm_out.get_name()], output
+        reindexers: list[Any] = [None]
+        aliases, output_2d = [gemm_out.get_name()], output
         if epilogue_nodes:
             if not flag_template_buffer_has_other_users:
                 aliases.append(template_buffer.get_name())
             chain += epilogue_nodes
             output = chain[-1]
             output_2d, reindexers = gen_2d_view_of_epilogue_buf(
-                output, template_buffer, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
+                output, template_buffer, epilogue_nodes, reindexers, [None for _ in epilogue_nodes]
             )
         family = problem.op.partition("_")[0]
         # Products of FP4 values and powers of two are exact in every dtype; those of FP8 values and scales are not, and
@@ -203,6 +205,11 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     """Inductor IR of a fused op as one call of the template."""
     tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str)}
     inputs = dict(zip(tensors, contiguous_inputs(*tensors.values()), strict=True))
+    taken = set()
+    for name, node in inputs.items():
+        # A kernel takes each buffer once: one that is given for two arguments is copied.
+        inputs[name] = ir.ExternKernel.copy_input(node) if node.get_name() in taken else node
+        taken.add(node.get_name())
     size = [inputs["x"].get_size()[0], problem.n]
     layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])
     choices: list[Any] = []

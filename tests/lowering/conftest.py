@@ -1,0 +1,50 @@
+"""Real compiles, of as few graphs as will do: a kernel costs a second."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from quark_inductor.lowering import registry, target  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No graph of another test's, from memory or from a cache; kernels are reused where their source is the same."""
+    torch._dynamo.reset()
+    counters.clear()
+    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
+        yield
+    torch._dynamo.reset()
+    target.current.cache_clear()
+
+
+@pytest.fixture(params=["fast", "portable"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kinds of CPU kernels, the portable ones chosen as a user would."""
+    return use_isa(request.param, monkeypatch)
+
+
+def use_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Choose the fast or the portable CPU kernels for what is compiled next."""
+    monkeypatch.setenv("QUARK_INDUCTOR_ISA", "portable" if name == "portable" else "")
+    target.current.cache_clear()
+    chosen = target.current().isa
+    if name == "fast" and chosen == "portable":
+        pytest.skip("this CPU has no AVX512-VNNI: there are only the portable kernels")
+    assert (chosen == "portable") == (name == "portable")
+    return chosen
+
+
+@pytest.fixture
+def compiled() -> Callable[..., Any]:
+    """Compile a function with ``backend="quark"`` and run it."""
+
+    def run(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any) -> Any:
+        torch._dynamo.reset()
+        return torch.compile(fn, backend="quark", fullgraph=True, dynamic=dynamic, options=options)(*args)
+
+    return run

@@ -1,0 +1,377 @@
+"""What is around the kernels: epilogues, strange inputs, and what a compiler and its sanitizers say of the headers."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.utils import run_and_get_code
+
+import quark_inductor.lowering.cpp
+from quark_inductor.lowering import target
+from quark_inductor.schemes import registry  # noqa: F401
+
+q = torch.ops.quark_inductor
+FP8 = torch.float8_e4m3fn
+HEADERS = Path(quark_inductor.lowering.cpp.__file__).parent
+U32 = 2.0**-24
+K, N = 96, 40
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mxfp4(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A fused GEMM of a float activation, and the largest magnitudes a float64 sum may have: ``|x| @ |weight|.T``."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.full((N, K // 32), 124, dtype=torch.uint8)
+    return lambda x: q.mx_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"), q.mx_dequantize(
+        weight, scale, "mxfp4", "float32"
+    )
+
+
+def fp8(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    weight, scale = randn(N, K, seed=5).to(FP8), randn(N, seed=6).abs()
+    return lambda x: q.fp8_prologue_gemm(x, None, weight, scale, bias, "per_token"), weight.float() * scale[:, None]
+
+
+def gemm_error(x: Tensor, weight: Tensor) -> Tensor:
+    """What two float32 GEMMs of one quantized activation may differ by.
+
+    Each sums K products and a bias, and scales twice. A quantized number is below twice the largest of its row.
+    """
+    n = 2 * (K + 3)
+    return n * U32 / (1 - n * U32) * (2 * x.abs().amax(-1, keepdim=True) * weight.abs().sum(-1) + 1)
+
+
+@pytest.mark.parametrize("make", [mxfp4, fp8])
+def test_an_epilogue_is_fused(compiled: Callable[..., Any], make: Callable[..., Any]) -> None:
+    bias = randn(N, seed=1)
+    gemm, weight = make(bias)
+
+    def fn(x: Tensor, residual: Tensor) -> Tensor:
+        return F.silu(gemm(x)) + residual
+
+    x, residual = randn(5, K), randn(5, N, seed=2)
+    y = compiled(fn, x, residual)
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 1
+    assert counters["inductor"]["cpp_epilogue_fusion_counter"] >= 1
+    # |silu'| < 1.1; silu and the sum round a few times more, relative to their results (exp: below 4 ulp).
+    bound = 1.1 * gemm_error(x, weight) + 16 * U32 * (gemm(x).abs() + residual.abs() + 1)
+    assert ((y - fn(x, residual)).abs() <= bound).all()
+
+
+def test_an_epilogue_is_part_of_the_kernel(isa: str) -> None:
+    """Nothing is left that another kernel would do."""
+    gemm, _ = mxfp4(None)
+    function = torch.compile(lambda x, r: F.silu(gemm(x)) + r, backend="quark", fullgraph=True)
+    _, (code,) = run_and_get_code(function, randn(5, K), randn(5, N))
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    assert len(re.findall(r"quark::mxfp4::tile<", code)) == 1
+    assert ("#define QUARK_AVX512" in code) == (isa == "avx512_vnni")
+
+
+@pytest.mark.parametrize("make", [mxfp4, fp8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_users_of_the_result(compiled: Callable[..., Any], make: Callable[..., Any], dtype: torch.dtype) -> None:
+    gemm, weight = make(None)
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = gemm(x)
+        return y, torch.relu(y) * 2, y.sum(-1)
+
+    x = randn(5, K).to(dtype)
+    # The option makes FP8 operands those of eager code: rounded to the dtype.
+    y, doubled, sums = compiled(fn, x, emulate_precision_casts=True)
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 1
+    eager = fn(x)[0]
+    # One rounding to bfloat16 (2^-8) on each side. The second result is made of the same number, rounded or not yet.
+    rounding = 0.0 if dtype is torch.float32 else 2.0**-7
+    bound = gemm_error(x.float(), weight) + rounding * eager.abs().float()
+    assert ((y - eager).abs() <= bound).all()
+    assert ((doubled - 2 * eager.relu()).abs() <= 2 * bound + rounding).all()
+    assert ((sums - eager.float().sum(-1)).abs() <= bound.sum(-1) + rounding * (eager.float().abs().sum(-1) + 1)).all()
+
+
+def test_one_result_goes_into_the_next(compiled: Callable[..., Any]) -> None:
+    """Two GEMMs after each other, residual added: the second reads what the first's epilogue wrote."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randint(0, 256, (64, 32), generator=generator, dtype=torch.uint8) for _ in range(2))
+    scale = torch.full((64, 2), 122, dtype=torch.uint8)
+
+    def fn(x: Tensor) -> Tensor:
+        y = x + q.mx_prologue_gemm(x, first, scale, None, "mxfp4", "even", "mxfp4")
+        return y + q.mx_prologue_gemm(y, second, scale, None, "mxfp4", "even", "mxfp4")
+
+    # Small integers: every number on the way is exact in float32, so eager and compiled agree bit by bit.
+    x = torch.randint(-4, 5, (5, 64), generator=generator).float()
+    assert torch.equal(compiled(fn, x), fn(x))
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 2
+
+
+# --- inputs
+
+
+def strange(x: Tensor) -> dict[str, Tensor]:
+    """The same numbers in other places of memory."""
+    m, k = x.shape
+    wide, tall = torch.full((m, 2 * k), 9.0), torch.full((m + 2, k), 9.0)
+    wide[:, ::2], tall[1:-1] = x, x
+    return {
+        "columns": wide[:, ::2],
+        "rows": tall[1:-1],
+        "transposed": x.t().contiguous().t(),
+        "expanded": x[:1].expand(m, k),
+    }
+
+
+@pytest.mark.parametrize("make", [mxfp4, fp8])
+def test_strides_and_offsets(make: Callable[..., Any]) -> None:
+    gemm, _ = make(None)
+    inputs = strange(randn(5, K))
+    together = torch.compile(lambda *xs: [gemm(x) for x in xs], backend="quark", fullgraph=True)
+    straight = torch.compile(gemm, backend="quark", fullgraph=True)
+    for (name, x), y in zip(inputs.items(), together(*inputs.values()), strict=True):
+        assert torch.equal(y, straight(x.contiguous())), name
+
+
+def test_weights_in_another_order() -> None:
+    """A weight stored transposed is brought into the order the kernels read."""
+    weight, scale, x = randn(N, K).to(FP8), torch.rand(N) + 0.5, randn(5, K)
+    gemm = torch.compile(
+        lambda x, w, s: q.fp8_prologue_gemm(x, None, w, s, None, "per_token"), backend="quark", fullgraph=True
+    )
+    transposed, spread = weight.t().contiguous().t(), torch.stack((scale, scale + 9), 1)[:, 0]
+    assert not transposed.is_contiguous()
+    assert not spread.is_contiguous()
+    assert torch.equal(gemm(x, transposed, spread), gemm(x, weight, scale))
+
+
+def test_one_tensor_given_twice() -> None:
+    """As both scales, and as both operands: a kernel has one argument for it then."""
+    x, scale = randn(5, K).to(FP8), torch.tensor(0.5)
+    y = torch.compile(
+        lambda x, s: q.fp8_gemm(x, s, x, s, None, "float32"), backend="quark", fullgraph=True, dynamic=False
+    )(x, scale)
+    # Codes have 4 bits and a half is exact: 96 products of up to 2^12, all multiples of 2^-20.
+    torch.testing.assert_close(y, x.float() @ x.float().t() / 4, rtol=(K + 3) * U32, atol=2.0**-12)
+
+
+def test_any_number_of_threads() -> None:
+    """More rows than are prepared at a time; the result does not depend on who computes what."""
+    gemm, _ = mxfp4(None)
+    x, before = randn(1100, K), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            torch._dynamo.reset()
+            function = torch.compile(gemm, backend="quark", fullgraph=True, dynamic=False)
+            y, (code,) = run_and_get_code(function, x)
+            assert ("num_threads(5)" in code) == (count == 5)
+            results.append(y)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_both_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit where sums are exact: integers by powers of two."""
+    if target.current().isa == "portable":
+        pytest.skip("this CPU has no AVX512-VNNI: there are only the portable kernels")
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(-6, 7, (9, 160), generator=generator).float()
+    packed = torch.randint(0, 256, (33, 80), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(126, 129, (33, 5), generator=generator, dtype=torch.uint8)
+    weight, one = torch.randint(-8, 9, (33, 160), generator=generator).float().to(FP8), (torch.ones(()), torch.ones(()))
+    results = []
+    for name in ("", "portable"):
+        monkeypatch.setenv("QUARK_INDUCTOR_ISA", name)
+        target.current.cache_clear()
+        torch._dynamo.reset()
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            first = q.mx_prologue_gemm(x, packed, scales, None, "mxfp4", "even", "mxfp4")
+            return first, q.fp8_prologue_gemm(x, one[0], weight, one[1], None, "per_tensor")
+
+        results.append(torch.compile(both, backend="quark", fullgraph=True)(x))
+    for fast, portable in zip(*results, strict=True):
+        assert torch.equal(fast, portable)
+    assert torch.equal(results[0][1], x @ weight.float().t())
+
+
+# --- what a compiler says of the headers
+
+DRIVER = r"""
+#include "common.h"
+#include "mxfp4.h"
+#include "fp8.h"
+#include <cstdio>
+#include <vector>
+
+// Every buffer is exactly as large as the kernels may touch: a step outside is an error of the sanitizers.
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t n) { return std::unique_ptr<T[]>(new T[n > 0 ? n : 1]()); }
+
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u, state >> 8; }
+static float number() { return (int(next() % 2001) - 1000) / 256.0f; }
+
+static int64_t wrong = 0;
+static void expect(double got, double exact, double magnitude, int64_t k) {
+  // gamma_(K + 3): K additions, two scales.
+  if (!(std::abs(got - exact) <= (k + 4) * 0x1p-24 * magnitude)) wrong++;
+}
+
+static double fp4(int code) {
+  const double magnitude[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  return code & 8 ? -magnitude[code & 7] : magnitude[code & 7];
+}
+
+template <int MT, typename T>
+void mxfp4_case(int64_t n, int64_t k) {
+  using namespace quark::mxfp4;
+  auto x = buffer<T>(MT * k);
+  for (int64_t i = 0; i < MT * k; i++) x[i] = T(number());
+  auto weight = buffer<uint8_t>(n * k / 2), scale = buffer<uint8_t>(n * k / 32);
+  for (int64_t i = 0; i < n * k / 2; i++) weight[i] = uint8_t(next());
+  for (int64_t i = 0; i < n * k / 32; i++) scale[i] = uint8_t(120 + next() % 12);
+  auto codes = buffer<uint8_t>(MT * k / 2), scales = buffer<uint8_t>(MT * k / 32);
+  for (int64_t i = 0; i < MT * k / 2; i++) codes[i] = uint8_t(next());
+  for (int64_t i = 0; i < MT * k / 32; i++) scales[i] = uint8_t(120 + next() % 12);
+  const auto rows = quark::scratch(MT * row_bytes(k));
+  auto out = buffer<float>(MT * n);
+  for (int m = 0; m < MT; m++) quantize_row(x.get() + m * k, k, rows.get() + m * row_bytes(k));
+  tile<MT>(rows.get(), k, weight.get(), scale.get(), n, out.get(), n);
+  zero_row(rows.get(), k);
+  for (int m = 0; m < MT; m++)
+    load_row(codes.get() + m * (k / 2), scales.get() + m * (k / 32), k, rows.get() + m * row_bytes(k));
+  tile<MT>(rows.get(), k, weight.get(), scale.get(), n, out.get(), n);
+  for (int m = 0; m < MT; m++)
+    for (int64_t j = 0; j < n; j++) {
+      double exact = 0, magnitude = 0;
+      for (int64_t i = 0; i < k; i++) {
+        const int a = codes[(m * k + i) / 2] >> (i % 2 * 4) & 15, b = weight[(j * k + i) / 2] >> (i % 2 * 4) & 15;
+        const double term = fp4(a) * fp4(b) * std::exp2(scales[(m * k + i) / 32] + scale[(j * k + i) / 32] - 254.0);
+        exact += term, magnitude += std::abs(term);
+      }
+      expect(out[m * n + j], exact, magnitude, k);
+    }
+}
+
+template <int MT, typename T>
+void fp8_case(int64_t n, int64_t k) {
+  using namespace quark::fp8;
+  auto x = buffer<T>(MT * k);
+  for (int64_t i = 0; i < MT * k; i++) x[i] = T(number());
+  auto weight = buffer<at::Float8_e4m3fn>(n * k), codes = buffer<at::Float8_e4m3fn>(MT * k);
+  for (int64_t i = 0; i < n * k; i++) weight[i] = at::Float8_e4m3fn(number());
+  for (int64_t i = 0; i < MT * k; i++) codes[i] = at::Float8_e4m3fn(number());
+  auto scale = buffer<T>(n);
+  for (int64_t i = 0; i < n; i++) scale[i] = T(0.25f + float(next() % 64) / 64.0f);
+  const auto rows = quark::scratch(MT * row_bytes(k));
+  auto out = buffer<float>(MT * n);
+  for (int m = 0; m < MT; m++) {
+    const T* row = x.get() + m * k;
+    quantize_row(row, k, dynamic_scale(row, k), rows.get() + m * row_bytes(k));
+    dequantize_row<T>(k, rows.get() + m * row_bytes(k));
+  }
+  tile<MT, Rounded<T>>(rows.get(), k, weight.get(), scale.get(), 1, n, out.get(), n);
+  for (int m = 0; m < MT; m++) zero_row(rows.get() + m * row_bytes(k), k);
+  for (int m = 0; m < MT; m++) load_row(codes.get() + m * k, k, 0.5f, rows.get() + m * row_bytes(k));
+  tile<MT, Exact>(rows.get(), k, weight.get(), scale.get(), 1, n, out.get(), n);
+  for (int m = 0; m < MT; m++)
+    for (int64_t j = 0; j < n; j++) {
+      double exact = 0, magnitude = 0;
+      for (int64_t i = 0; i < k; i++) {
+        const double term = double(float(codes[m * k + i])) * float(weight[j * k + i]) * float(scale[j]) * 0.5;
+        exact += term, magnitude += std::abs(term);
+      }
+      expect(out[m * n + j], exact, magnitude, k);
+    }
+}
+
+template <int MT>
+void all() {
+  for (int64_t n : {1, 5, 32})
+    for (int64_t k : {32, 64, 96, 160}) {
+      mxfp4_case<MT, float>(n, k);
+      mxfp4_case<MT, at::BFloat16>(n, k);
+      mxfp4_case<MT, at::Half>(n, k);
+    }
+  for (int64_t n : {1, 5, 32})
+    for (int64_t k : {1, 15, 16, 17, 31, 32, 33, 100}) {
+      fp8_case<MT, float>(n, k);
+      fp8_case<MT, at::BFloat16>(n, k);
+      fp8_case<MT, at::Half>(n, k);
+    }
+}
+
+int main() {
+  all<1>(), all<3>(), all<8>();
+  std::printf("wrong: %ld\n", long(wrong));
+  return wrong != 0;
+}
+"""
+
+
+def compiler() -> str:
+    """The compiler Inductor uses."""
+    found = shutil.which(cpp_builder.get_cpp_compiler())
+    assert found
+    return found
+
+
+def includes() -> list[str]:
+    root = Path(torch.__file__).parent / "include"
+    return [f"-I{HEADERS}", f"-I{root}", f"-I{root / 'torch/csrc/api/include'}"]
+
+
+def build(source: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    (folder / "driver.cpp").write_text(source)
+    command = [compiler(), "-std=c++20", *flags, *includes(), str(folder / "driver.cpp")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_the_portable_kernels_need_no_vector_extension(tmp_path: Path) -> None:
+    """Compiled for the plainest CPU of this architecture, with nothing of AVX to be had, and without a warning."""
+    result = build(DRIVER, tmp_path, "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused")
+    assert result.returncode == 0, result.stderr
+    ours = [line for line in result.stderr.splitlines() if str(HEADERS) in line and "warning" in line]
+    assert ours == []
+    sources = "".join(
+        re.sub(r"#if defined\(QUARK_AVX512\).*?#(else|endif)", "", h.read_text(), flags=re.S)
+        for h in HEADERS.glob("*.h")
+    )
+    assert "_mm" not in sources
+
+
+@pytest.fixture(params=["portable", "fast"])
+def architecture(request: pytest.FixtureRequest) -> list[str]:
+    """Compiler flags of one kind of kernels."""
+    if request.param == "fast" and target.current().isa == "portable":
+        pytest.skip("this CPU has no AVX512-VNNI: the fast kernels cannot run here")
+    return [] if request.param == "portable" else ["-DQUARK_AVX512", "-march=native"]
+
+
+@pytest.mark.slow
+def test_the_kernels_stay_inside_their_memory(architecture: list[str], tmp_path: Path) -> None:
+    """Under the address and undefined-behaviour sanitizers, with ragged sizes; and they compute what they should."""
+    flags = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    if build("int main() {}", tmp_path, *flags).returncode != 0:
+        pytest.skip(f"{compiler()} has no address and undefined-behaviour sanitizers")
+    result = build(DRIVER, tmp_path, "-O1", "-g", *flags, *architecture, "-o", "driver")
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "wrong: 0\n", "")

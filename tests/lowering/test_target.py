@@ -1,0 +1,86 @@
+"""What the code is told about the machine."""
+
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quark_inductor.lowering import target
+from quark_inductor.lowering.target import Target, current
+
+AVX512 = {f"avx512_{name}": True for name in ("f", "bw", "vl", "dq", "vnni")}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    current.cache_clear()
+    yield
+    current.cache_clear()
+
+
+def test_names() -> None:
+    assert str(Target(device_type="cpu", arch="x86_64", isa="portable")) == "cpu x86_64 portable"
+    assert str(Target(device_type="cuda", arch="gfx942")) == "cuda gfx942"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "variable", "isa"),
+    [
+        (None, None, "avx512_vnni"),
+        (None, "portable", "portable"),
+        (None, "", "avx512_vnni"),
+        *((name, None, "portable") for name in AVX512),
+    ],
+)
+def test_cpu(monkeypatch: pytest.MonkeyPatch, lacking: str | None, variable: str | None, isa: str) -> None:
+    """The fast kernels need every feature they use."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**AVX512, **({lacking: False} if lacking else {})})
+    monkeypatch.delenv("QUARK_INDUCTOR_ISA", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("QUARK_INDUCTOR_ISA", variable)
+    assert current() == current("cpu") == Target(device_type="cpu", arch=platform.machine(), isa=isa)
+
+
+def test_cpu_without_any_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on ARM, where the names do not exist."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64", "neon": True})
+    assert current().isa == "portable"
+
+
+def test_environment_of_a_process() -> None:
+    code = "from quark_inductor.lowering.target import current; print(current())"
+    env = {**os.environ, "QUARK_INDUCTOR_ISA": "portable"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"cpu {platform.machine()} portable"
+
+
+@pytest.mark.parametrize(
+    ("properties", "arch"),
+    [
+        ({"gcnArchName": "gfx942:sramecc+:xnack-", "major": 9, "minor": 4}, "gfx942"),
+        ({"major": 9, "minor": 0}, "sm_90"),
+        ({"gcnArchName": "", "major": 10, "minor": 3}, "sm_103"),
+    ],
+)
+def test_gpu(monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], arch: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    assert current("cuda") == Target(device_type="cuda", arch=arch)
+
+
+def test_a_device_nobody_knows() -> None:
+    assert current("xpu") == Target(device_type="xpu", arch="unknown")
+
+
+def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rule asks for every match."""
+    asked: list[None] = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: asked.append(None) or {})
+    assert target.current() is target.current()
+    assert len(asked) == 1

@@ -1,0 +1,102 @@
+"""Compile up to the kernels: the graph that the passes leave is interpreted, so a case takes a tenth of a second."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.compile_fx import compile_fx
+
+from quark_inductor.patterns import _inductor
+from quark_inductor.patterns.pipeline import GraphResult, collect_results
+from quark_inductor.schemes import registry  # noqa: F401
+from quark_inductor.schemes.base import QuarkLinear, scheme_for, set_parameters
+from quark_inductor.schemes.spec import PRESETS
+
+
+@dataclass
+class Rewritten:
+    """What the passes made of one function: its output, and the graph before anything was lowered."""
+
+    output: Any
+    result: GraphResult
+    graph: torch.fx.Graph
+
+    def count(self, op: Any) -> int:
+        """Calls of an op; of one of ours by its bare name."""
+        op = getattr(torch.ops.quark_inductor, op).default if isinstance(op, str) else op
+        return len(self.graph.find_nodes(op="call_function", target=op))
+
+    def fused(self) -> dict[str, int]:
+        """Calls of every op of ours that is in the graph."""
+        names = [str(n.target) for n in self.graph.nodes if str(n.target).startswith("quark_inductor.")]
+        return {name.split(".")[1]: names.count(name) for name in names}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing of another test's graphs, and no cache that would answer without running a pass.
+
+    Kernels once compiled are still reused: they are found by their source.
+    """
+    torch._dynamo.reset()
+    graphs_not_cached = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
+    with graphs_not_cached[0], graphs_not_cached[1], torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Graphs are interpreted where Inductor would make kernels; the list of them."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    monkeypatch.setattr(_inductor, "compile_fx", functools.partial(compile_fx, inner_compile=keep))
+    return graphs
+
+
+@pytest.fixture
+def rewrite(interpreted: list[torch.fx.GraphModule]) -> Callable[..., Rewritten]:
+    """``torch.compile(..., backend="quark")`` of a function that makes one graph, up to the kernels."""
+
+    def run(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any) -> Rewritten:
+        torch._dynamo.reset()
+        interpreted.clear()
+        with collect_results() as results:
+            named = {f"quark.{name}": value for name, value in options.items()}
+            compiled = torch.compile(fn, backend="quark", fullgraph=True, dynamic=dynamic, options=named)
+            output = compiled(*args)
+        (result,), (gm,) = results, interpreted
+        return Rewritten(output, result, gm.graph)
+
+    return run
+
+
+@pytest.fixture
+def linear() -> Callable[..., QuarkLinear]:
+    """A quantized Linear of a preset's name, its weight random."""
+
+    def make(
+        preset: str, k: int = 64, n: int = 48, *, bias: bool = True, dtype: torch.dtype = torch.float32
+    ) -> QuarkLinear:
+        generator = torch.Generator().manual_seed(k * 1000 + n)
+        module = QuarkLinear(k, n, scheme_for(PRESETS[preset]), bias=bias, dtype=dtype)
+        weight = torch.randn(n, k, generator=generator).to(dtype)
+        set_parameters(module, **module.scheme.quantize_weight(weight))
+        if preset == "fp8":
+            set_parameters(module, input_scale=torch.tensor(0.0078, dtype=dtype))
+        if bias:
+            module.bias = nn.Parameter(torch.randn(n, generator=generator).to(dtype), requires_grad=False)
+        return module.eval()
+
+    return make

@@ -1,0 +1,242 @@
+"""The rule that moves an FP8 quantize into its GEMM: which quantizes are the kernel's, and which only look like it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+K, N = 64, 48
+PRESETS = {"fp8": "per_tensor", "fp8_dynamic": "per_tensor", "ptpc_fp8": "per_token"}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def prologues(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return graph.find_nodes(op="call_function", target=torch.ops.quark_inductor.fp8_prologue_gemm.default)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fuses_once(
+    rewrite: Callable[..., Any], linear: Callable[..., Any], preset: str, dtype: torch.dtype, bias: bool
+) -> None:
+    model, x = linear(preset, K, N, bias=bias, dtype=dtype), randn(3, K, dtype=dtype)
+    done = rewrite(model, x)
+    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert done.result.matches("fp8_gemm") == done.result.matches("fp8_prologue") == 1
+    assert done.result.unfused == ()
+    (node,) = prologues(done.graph)
+    assert node.args[-1] == PRESETS[preset]
+    assert (node.args[1] is None) is (preset == "ptpc_fp8")  # the scale is computed in the prologue, or given
+    assert (node.args[4] is None) is not bias
+    # Nothing of the quantize is left, but the amax of a whole tensor, which no row can compute.
+    assert done.count(torch.ops.aten.amax.default) == (preset == "fp8_dynamic")
+    assert done.count(torch.ops.prims.convert_element_type.default) == (preset == "fp8_dynamic")
+    assert torch.equal(done.output, model(x))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (2, 2, 3)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_any_rank(
+    rewrite: Callable[..., Any], linear: Callable[..., Any], preset: str, rows: tuple[int, ...], dynamic: bool
+) -> None:
+    model, x = linear(preset, dtype=torch.bfloat16), randn(*rows, K, dtype=torch.bfloat16)
+    done = rewrite(model, x, dynamic=dynamic)
+    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert torch.equal(done.output, model(x))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_three_gemms_of_one_input(
+    rewrite: Callable[..., Any], linear: Callable[..., Any], preset: str, dynamic: bool
+) -> None:
+    q, k, v = linear(preset, K, 48), linear(preset, K, 16, bias=False), linear(preset, K, 16)
+    x = randn(2, 3, K)
+
+    class Qkv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = q, k, v
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.q(x), self.k(x), self.v(x)
+
+    model = Qkv()
+    done = rewrite(model, x, dynamic=dynamic)
+    assert done.fused() == {"fp8_prologue_gemm": 3}
+    assert done.count(torch.ops.aten.amax.default) == (preset == "fp8_dynamic")
+    for got, expected in zip(done.output, model(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+class Quantizes(nn.Module):
+    """An FP8 Linear of a float input in plain torch. Subclasses change one thing each."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weight = nn.Buffer(randn(N, K).to(FP8))
+        self.weight_scale = nn.Buffer(randn(N, seed=1).abs().to(dtype))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """As :func:`quark_inductor.schemes.numerics.fp8.dynamic_scale` of each row."""
+        scale = x.abs().amax(-1, keepdim=True) / 448.0
+        return scale + (scale == 0).to(scale.dtype) * 2.0**-23
+
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clamp(-448.0, 448.0).to(FP8)
+
+    def gemm(self, codes: Tensor, scale: Tensor) -> Tensor:
+        weight = (self.weight.float() * self.weight_scale.float().unsqueeze(-1)).to(self.dtype)
+        return F.linear(codes.to(self.dtype) * scale, weight)
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        scale = self.scale(x)
+        return self.gemm(self.quantize(x, scale), scale)
+
+
+def test_the_model_of_the_near_misses_fuses(rewrite: Callable[..., Any]) -> None:
+    """Else each of them would be a far miss."""
+    for dtype in (torch.float32, torch.bfloat16):
+        args = randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype)
+        done = rewrite(Quantizes(dtype), *args)
+        assert done.fused() == {"fp8_prologue_gemm": 1}
+        assert prologues(done.graph)[0].args[-1] == "per_token"
+
+
+class AmaxOfAnother(Quantizes):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        scale = self.scale(other)
+        return self.gemm(self.quantize(x, scale), scale)
+
+
+class AmaxBefore(Quantizes):
+    """Of a tensor that is nearly the one that is quantized."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        scale = self.scale(x)
+        return self.gemm(self.quantize(x * 2, scale), scale)
+
+
+class OtherEps(Quantizes):
+    def scale(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 448.0
+        return scale + (scale == 0).to(scale.dtype) * 2.0**-10
+
+
+class OtherMax(Quantizes):
+    def scale(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 240.0
+        return scale + (scale == 0).to(scale.dtype) * 2.0**-23
+
+
+class NoAbs(Quantizes):
+    def scale(self, x: Tensor) -> Tensor:
+        scale = x.amax(-1, keepdim=True) / 448.0
+        return scale + (scale == 0).to(scale.dtype) * 2.0**-23
+
+
+class OtherLimits(Quantizes):
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clamp(-240.0, 240.0).to(FP8)
+
+
+class OneLimit(Quantizes):
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clamp(max=448.0).to(FP8)
+
+
+class Multiplied(Quantizes):
+    """By the reciprocal: rounds differently."""
+
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * (1 / scale)).clamp(-448.0, 448.0).to(FP8)
+
+
+class DequantizedByAnother(Quantizes):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.gemm(self.quantize(x, self.scale(x)), self.scale(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        # The quantize is the kernel's, the scale is not: near enough for a reason.
+        (AmaxOfAnother, True),
+        (AmaxBefore, True),
+        (OtherEps, True),
+        (OtherMax, True),
+        (NoAbs, True),
+        (OtherLimits, False),
+        (OneLimit, False),
+        (Multiplied, False),
+        (DequantizedByAnother, False),
+    ],
+)
+def test_near_miss(rewrite: Callable[..., Any], model: type[Quantizes], refused: bool, dtype: torch.dtype) -> None:
+    """The quantize stays as it is, and its codes go into the GEMM of codes."""
+    module = model(dtype)
+    args = randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype)
+    done = rewrite(module, *args)
+    assert done.fused() == {"fp8_gemm": 1}
+    reasons = [r.reason for p in done.result.passes for r in p.refusals]
+    assert [("is not amax / 448 of its rows" in r) for r in reasons] == [True] * refused
+    assert done.result.unfused == ()
+    assert torch.equal(done.output, module(*args))
+
+
+class PerTensorOfAnother(Quantizes):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        scale = other.abs().amax() / 448.0
+        return self.gemm(self.quantize(x, scale), scale)
+
+
+def test_a_scale_of_one_number_may_come_from_anywhere(rewrite: Callable[..., Any]) -> None:
+    """It is computed before the GEMM, and given to it."""
+    module, args = PerTensorOfAnother(), (randn(3, K), randn(5, K, seed=2))
+    done = rewrite(module, *args)
+    assert done.fused() == {"fp8_prologue_gemm": 1}
+    (node,) = prologues(done.graph)
+    assert (node.args[-1], node.args[1].target) == ("per_tensor", torch.ops.aten.div.Tensor)
+    assert torch.equal(done.output, module(*args))
+
+
+class CodesUsedTwice(Quantizes):
+    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = self.scale(x)
+        codes = self.quantize(x, scale)
+        return self.gemm(codes, scale), codes.float() + 1, scale * 2
+
+
+def test_another_user_of_the_codes(rewrite: Callable[..., Any]) -> None:
+    module, args = CodesUsedTwice(), (randn(3, K), randn(3, K))
+    done = rewrite(module, *args)
+    assert done.fused() == {"fp8_prologue_gemm": 1}
+    for got, expected in zip(done.output, module(*args), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bfloat16, torch.float16])
+def test_an_activation_of_another_dtype(rewrite: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Quantized from ``dtype``, multiplied in float32: a prologue would compute, and return, the wrong dtype."""
+
+    class Given(Quantizes):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.gemm(self.quantize(x, scale), scale)
+
+    module, args = Given(), ((randn(3, K) * 100).to(dtype), torch.tensor(0.37))
+    expected = module(*args)
+    done = rewrite(module, *args)
+    assert done.fused() == {"fp8_gemm": 1}
+    assert done.output.dtype == expected.dtype == torch.float32
+    assert torch.equal(done.output, expected)

@@ -1,0 +1,235 @@
+"""The passes together: what they report, what they refuse to be silent about, and what the caches know of them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import quark_inductor
+from quark_inductor.lowering import cpp
+from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
+from quark_inductor.lowering.target import Target
+from quark_inductor.patterns import pipeline
+from quark_inductor.patterns.base import Options, PassResult, Refusal
+from quark_inductor.patterns.pipeline import GraphResult, LateDecompositionPass, RulesPass, collect_results
+from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.errors import NotFusedError, TrainingError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PRESETS = ["mxfp4", "fp8", "fp8_dynamic", "ptpc_fp8"]
+
+
+class Mlp(nn.Module):
+    """Linears in every kind of container, one of them not quantized."""
+
+    def __init__(self, linear: Callable[..., QuarkLinear], preset: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"up": linear(preset, 64, 96)}), linear(preset, 96, 64)])
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers[1](self.layers[0]["up"](x)))
+
+
+# --- what is fused, and what is said of the rest
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "ptpc_fp8"])
+def test_every_linear_of_a_model_has_its_name(rewrite: Callable[..., Any], name: str) -> None:
+    """tests/test_compiled_model.py checks that they are fused."""
+    model = quark_inductor.load(FIXTURES / name)
+    linears = {n for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    done = rewrite(model, torch.arange(12).reshape(2, 6), provider="emulation")
+    assert done.fused().keys() <= {"mx_quantize", "mx_dequantize"}
+    assert len(done.result.unfused) == 14
+    assert {u.layer for u in done.result.unfused} == linears
+    assert {u.reason for u in done.result.unfused} == {"cpp: option quark.provider is 'emulation'"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_refused_layer_is_named(
+    rewrite: Callable[..., Any],
+    linear: Callable[..., QuarkLinear],
+    preset: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = Mlp(linear, preset), torch.randn(3, 64)
+    with caplog.at_level(logging.WARNING, logger="quark_inductor"):
+        done = rewrite(model, x, provider="emulation")
+    names = ["layers.0.up", "layers.1"]
+    assert [u.layer for u in done.result.unfused] == names
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("quark_inductor")] == [
+        f"{name} runs as emulation: cpp: option quark.provider is 'emulation'" for name in names
+    ]
+    assert torch.equal(done.output, model(x))
+
+
+def test_a_model_that_is_fused_logs_nothing(
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="quark_inductor"):
+        rewrite(Mlp(linear, "mxfp4"), torch.randn(3, 64))
+    assert [r for r in caplog.records if r.name.startswith("quark_inductor")] == []
+
+
+def test_strict_names_every_layer(rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear]) -> None:
+    model = Mlp(linear, "mxfp4")
+    with pytest.raises(BackendCompilerFailed) as error:
+        rewrite(model, torch.randn(3, 64), provider="emulation", strict=True)
+    cause: Any = error.value.inner_exception
+    while not isinstance(cause, NotFusedError):
+        cause = cause.__cause__
+    for message in (str(error.value), str(cause)):
+        assert "2 quantized Linears were not fused, and quark.strict asks for all of them" in message
+        assert "\n  layers.0.up: cpp: option quark.provider is 'emulation'" in message
+        assert "\n  layers.1: cpp: option quark.provider is 'emulation'" in message
+    assert rewrite(model, torch.randn(3, 64), strict=True).result.unfused == ()
+
+
+def test_two_layers_keep_their_own_reasons(
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One refused by the provider for its size, one that no rule knows, one fused."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = linear("ptpc_fp8", 64, 64), linear("ptpc_fp8", 64, 96)
+            self.strange = nn.Module()
+            self.strange.weight = nn.Buffer(torch.ones(8, 64).to(torch.float8_e4m3fn))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.small(x), self.large(x), x @ self.strange.weight.float().t()
+
+    monkeypatch.setattr(cpp.Cpp, "can_run", lambda self, target, p: No("too large") if p.n > 64 else None)
+    done = rewrite(Mixed(), torch.randn(3, 64))
+    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert {(u.layer, u.reason) for u in done.result.unfused} == {
+        ("large", "cpp: too large"),
+        ("", "no rule's pattern is this graph"),
+    }
+
+
+def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Tanh()), torch.randn(3, 8)
+    done = rewrite(model, x)
+    assert done.fused() == {}
+    assert done.result.unfused == ()
+    # Nothing matched, and every pass says so.
+    rules = {"fp8_gemm", "fp8_prologue", "mx_gemm", "mx_prologue"}
+    assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | {"hoist_views", "cse"}}
+    torch.testing.assert_close(done.output, model(x))
+
+
+# --- results
+
+
+def test_every_graph_leaves_a_result(linear: Callable[..., QuarkLinear], rewrite: Callable[..., Any]) -> None:
+    with collect_results() as outer:
+        inner = rewrite(linear("mxfp4"), torch.randn(3, 64))
+    assert outer == []  # the innermost collector has it
+    assert inner.result.matches("mx_gemm") == 1
+    assert inner.result.matches("no such rule") == 0
+    assert all(p.ms >= 0 for p in inner.result.passes)
+
+
+def test_matches_are_summed() -> None:
+    passes = (PassResult("a", 2, (), 0.1), PassResult("b", 5, (), 0.1), PassResult("a", 1, (), 0.1))
+    assert GraphResult(passes, ()).matches("a") == 3
+
+
+# --- training
+
+
+def test_a_gradient_through_codes_is_an_error(linear: Callable[..., QuarkLinear]) -> None:
+    """MXFP4 codes have no gradient: eager and compiled say so."""
+    model, x = linear("mxfp4"), torch.randn(3, 64, requires_grad=True)
+    with torch.enable_grad():
+        with pytest.raises(TrainingError, match="inference"):
+            model(x)
+        with pytest.raises(Exception, match="Quantized Linears are for inference"):
+            torch.compile(model, backend="quark", fullgraph=True)(x)
+
+
+def test_a_training_graph_stays_emulated(
+    linear: Callable[..., QuarkLinear], interpreted: list[torch.fx.GraphModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An FP8 cast lets a gradient through; no fused op does, so no rule may run."""
+    model, x = linear("fp8"), torch.randn(3, 64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    with torch.enable_grad(), collect_results() as results, caplog.at_level(logging.WARNING, logger="quark_inductor"):
+        model(y).square().sum().backward()
+        out = torch.compile(model, backend="quark", fullgraph=True)(x)
+        out.square().sum().backward()
+    assert results == []
+    assert len(interpreted) == 2  # forward and backward
+    assert "quark_inductor." not in "".join(str(gm.graph) for gm in interpreted)
+    assert "a training graph: no rule runs, the quantized Linears stay emulated" in caplog.text
+    assert torch.equal(x.grad, y.grad)
+
+
+# --- what the caches know
+
+
+def uuid(options: Options = Options(), kind: type = RulesPass) -> Any:  # noqa: B008
+    return kind(options).uuid()
+
+
+def test_the_uuid_knows_the_options() -> None:
+    every = [Options(), Options(strict=True), Options(provider="cpp"), Options(provider="emulation")]
+    assert len({uuid(o) for o in every}) == len(every)
+    assert uuid(Options(strict=True)) == uuid(Options(strict=True))
+
+
+def test_the_uuid_knows_which_pass_it_is() -> None:
+    assert uuid() != uuid(kind=LateDecompositionPass)
+
+
+def test_the_uuid_knows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = uuid()
+    monkeypatch.setattr(pipeline, "registered_rules", lambda: ())
+    assert uuid() != before
+
+
+def test_the_uuid_knows_the_providers() -> None:
+    """One that is registered now may run what nobody could when a graph was cached."""
+
+    class Late(Provider):
+        name = "late"
+
+        def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+            return None
+
+        def lower(self, target: Target, problem: GemmProblem, args: Any) -> Any:
+            raise NotImplementedError
+
+    before = uuid()
+    register_provider(Late)
+    try:
+        assert uuid() != before
+    finally:
+        unregister_provider(Late.name)
+
+
+def test_the_uuid_knows_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = uuid()
+    other = Target(device_type="cpu", arch="riscv64", isa="portable")
+    monkeypatch.setattr(pipeline.targets, "current", lambda device_type="cpu": other)
+    assert uuid() != before
+
+
+def test_the_uuid_knows_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which files count is tests/test_cache.py's to check."""
+    before = uuid()
+    monkeypatch.setattr(pipeline, "source_hash", lambda: "another")
+    assert uuid() != before
+
+
+def test_refusals_compare() -> None:
+    assert Refusal("a", "b") == Refusal("a", "b", "")
+    assert Refusal("a", "b") != Refusal("a", "c")

@@ -11,15 +11,19 @@ from torch._inductor import config, ir
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.lowering import register_lowering
 from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
-from torch._inductor.utils import parallel_num_threads
+from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
 __all__ = [
     "DTYPE_TO_CPP",
     "CppTemplate",
+    "CppTemplateCaller",
+    "CppTemplateKernel",
+    "Placeholder",
     "V",
     "config",
     "contiguous_inputs",
@@ -36,8 +40,16 @@ __all__ = [
 
 
 def contiguous_inputs(*nodes: Any) -> list[Any]:
-    """The nodes realized as contiguous buffers, which a template can take a pointer of."""
-    return [ir.ExternKernel.require_contiguous(n) for n in realize_inputs(*nodes)]
+    """The nodes realized as contiguous buffers, each of its own, which a template can take a pointer of.
+
+    A kernel gets a buffer's beginning, and each buffer once: a part that begins elsewhere, or a buffer that is given
+    for a second argument, is copied.
+    """
+    found: list[Any] = []
+    for node in (ir.ExternKernel.require_contiguous(n) for n in realize_inputs(*nodes)):
+        elsewhere = node.get_layout().offset != 0 or node.get_name() in {f.get_name() for f in found}
+        found.append(ir.ExternKernel.copy_input(node) if elsewhere else node)
+    return found
 
 
 def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a rule is: ``patterns`` says which graphs, ``check`` whether this one, ``rewrite`` what it becomes."""
 
 import functools
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -159,7 +160,8 @@ def layer_of(node: Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    return str(path).replace("L['self'].", "").replace("L['self']", "").removeprefix("_modules.")
+    # Dynamo writes the local variable that held the model before it: L['self'].model.layers.0
+    return re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", str(path)).removeprefix("_modules.")
 
 
 def fused_call(match: Match, op: torch._ops.OpOverload, facts: Mapping[str, Any]) -> Node:

@@ -15,6 +15,9 @@ import torch
 from quark_inductor.lowering._inductor import (
     DTYPE_TO_CPP,
     CppTemplate,
+    CppTemplateCaller,
+    CppTemplateKernel,
+    Placeholder,
     V,
     config,
     contiguous_inputs,
@@ -118,6 +121,31 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         super().__init__(f"quark_{problem.op}", list(inputs.values()), layout, parallel_num_threads())
         self.target, self.problem, self.inputs = target, problem, dict(inputs)
 
+    def generate(self, **kwargs: Any) -> Any:
+        """The choice, without the source that only a benchmark of several choices would read.
+
+        ``CppTemplate.generate`` renders a kernel for it, and Inductor renders it again once it knows the epilogue: with
+        hundreds of Linears that is seconds.
+        """
+
+        def make_kernel_render(
+            template_node: Any, flag_template_buffer_has_other_users: bool, epilogue_nodes: list[Any] | None = None
+        ) -> Any:
+            kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=self.num_threads)
+            return kernel, functools.partial(
+                kernel.render,
+                self,
+                template_buffer_node=template_node,
+                flag_template_buffer_has_other_users=flag_template_buffer_has_other_users,
+                epilogue_nodes=epilogue_nodes,
+            )
+
+        name = f"cpp_{self.name}_{self.index}"
+        nothing_to_benchmark: Any = None
+        return CppTemplateCaller(
+            name, self.name, self.input_nodes, self.layout, make_kernel_render, nothing_to_benchmark, self
+        )
+
     def render(  # type: ignore[override]
         self,
         kernel: Any,
@@ -205,11 +233,6 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     """Inductor IR of a fused op as one call of the template."""
     tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str)}
     inputs = dict(zip(tensors, contiguous_inputs(*tensors.values()), strict=True))
-    taken = set()
-    for name, node in inputs.items():
-        # A kernel takes each buffer once: one that is given for two arguments is copied.
-        inputs[name] = ir.ExternKernel.copy_input(node) if node.get_name() in taken else node
-        taken.add(node.get_name())
     size = [inputs["x"].get_size()[0], problem.n]
     layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])
     choices: list[Any] = []

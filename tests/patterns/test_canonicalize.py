@@ -72,7 +72,9 @@ def test_cse_keeps_two_outputs() -> None:
 
 
 @pytest.mark.parametrize(
-    "view", [lambda a: a.view(4), lambda a: a.t(), lambda a: a[0]], ids=["view", "transpose", "row"]
+    "view",
+    [lambda a: a.view(4), lambda a: a.t(), lambda a: a[0], lambda a: a.t().reshape(4), lambda a: a.split(1)[1]],
+    ids=["view", "transpose", "row", "copy", "split"],
 )
 def test_outputs_that_are_views_share_no_memory(rewrite: Callable[..., Any], view: Callable[[Tensor], Tensor]) -> None:
     """``x + 1`` is computed twice: its two results are two tensors, whatever views of them are returned."""

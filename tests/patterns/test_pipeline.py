@@ -233,3 +233,21 @@ def test_the_uuid_knows_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals_compare() -> None:
     assert Refusal("a", "b") == Refusal("a", "b", "")
     assert Refusal("a", "b") != Refusal("a", "c")
+
+
+def named_unfused(done: Any) -> list[str]:
+    return [u.layer for u in done.result.unfused]
+
+
+def test_names_have_nothing_of_dynamo(rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear]) -> None:
+    """However a model is called: as a module of torch's own, by its method, or from a function."""
+    x = torch.randn(3, 64)
+    block = nn.Sequential(nn.Identity(), nn.ModuleDict({"up": linear("mxfp4")})["up"])
+    model = Mlp(linear, "mxfp4")
+    options = {"provider": "emulation"}
+    assert named_unfused(rewrite(block, x, **options)) == ["1"]
+    assert named_unfused(rewrite(model.forward, x, **options)) == ["layers.0.up", "layers.1"]
+    for function, args in ((lambda x: model(x), (x,)), (lambda x, m: m(x), (x, model))):
+        names = named_unfused(rewrite(function, *args, **options))
+        # With or without the variable's name before it.
+        assert [name.removeprefix("model.").removeprefix("m.") for name in names] == ["layers.0.up", "layers.1"]

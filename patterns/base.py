@@ -160,8 +160,8 @@ def layer_of(node: Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    # Dynamo writes the local variable that held the model before it: L['self'].model.layers.0
-    return re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", str(path)).removeprefix("_modules.")
+    # Dynamo writes the variable that held the model before it: L['self'].model.layers.0, G['model'].layers.0
+    return re.sub(r"^[LG]\[['\"]\w+['\"]\]\.?", "", str(path)).removeprefix("_modules.")
 
 
 def fused_call(match: Match, op: torch._ops.OpOverload, facts: Mapping[str, Any]) -> Node:

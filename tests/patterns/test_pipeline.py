@@ -1,6 +1,7 @@
 """The passes together: what they report, what they refuse to be silent about, and what the caches know of them."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,12 @@ def named_unfused(done: Any) -> list[str]:
     return [u.layer for u in done.result.unfused]
 
 
-def test_names_have_nothing_of_dynamo(rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear]) -> None:
+a_global_model: Any = None
+
+
+def test_names_have_nothing_of_dynamo(
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However a model is called: as a module of torch's own, by its method, or from a function."""
     x = torch.randn(3, 64)
     block = nn.Sequential(nn.Identity(), nn.ModuleDict({"up": linear("mxfp4")})["up"])
@@ -247,7 +253,10 @@ def test_names_have_nothing_of_dynamo(rewrite: Callable[..., Any], linear: Calla
     options = {"provider": "emulation"}
     assert named_unfused(rewrite(block, x, **options)) == ["1"]
     assert named_unfused(rewrite(model.forward, x, **options)) == ["layers.0.up", "layers.1"]
-    for function, args in ((lambda x: model(x), (x,)), (lambda x, m: m(x), (x, model))):
+    monkeypatch.setitem(globals(), "a_global_model", model)
+    ways = (lambda x: model(x), (x,)), (lambda x, m: m(x), (x, model)), (lambda x: a_global_model(x), (x,))
+    for function, args in ways:
         names = named_unfused(rewrite(function, *args, **options))
         # With or without the variable's name before it.
-        assert [name.removeprefix("model.").removeprefix("m.") for name in names] == ["layers.0.up", "layers.1"]
+        names = [re.sub(r"^(model|m|a_global_model)\.", "", name) for name in names]
+        assert names == ["layers.0.up", "layers.1"]

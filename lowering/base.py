@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
+from quark_inductor.schemes.ops import MIN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,12 +17,13 @@ class GemmProblem:
     """One fused GEMM: ``y [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
     Attributes:
-        op: bare name of the fused op: ``"fp8_gemm"``, ``"mx_prologue_gemm"``, ...
+        op: bare name of the fused op: ``"fp8_gemm"``, ``"block_prologue_gemm"``, ...
         m: tokens, or ``None`` when not known before run time.
         n: output features.
         k: input features.
         dtype: bare name of the dtype of ``y``.
         granularity: what shares an activation scale, for ops that compute it.
+        formats: block formats of ``x`` and ``weight``, for ops on those.
     """
 
     op: str
@@ -30,6 +32,7 @@ class GemmProblem:
     k: int
     dtype: str
     granularity: str = ""
+    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,12 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
     forced = forced or _forced.get()
     if forced is not None and forced not in provider_names():
         raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
+    needed, arch = MIN_CAPABILITY.get(problem.op, 0), target.arch.removeprefix("sm_")
+    if target.arch.startswith("sm_") and arch.isdigit() and int(arch) < needed:
+        reason = (
+            f"{target.arch} is below compute capability {needed / 10}, from which {problem.op} has hardware kernels"
+        )
+        return Selection(None, (reason,))
     refusals = []
     for name, provider in _PROVIDERS.items():
         if forced not in (None, name):

@@ -15,8 +15,14 @@ from quark_inductor.lowering.base import GemmProblem, select
 from quark_inductor.lowering.target import current
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
-FUSED_OPS: tuple[Callable[..., Any], ...] = (ops.mx_gemm, ops.mx_prologue_gemm, ops.fp8_gemm, ops.fp8_prologue_gemm)
+FUSED_OPS: tuple[Callable[..., Any], ...] = (
+    ops.block_gemm,
+    ops.block_prologue_gemm,
+    ops.fp8_gemm,
+    ops.fp8_prologue_gemm,
+)
 
 
 def count_key(op: str, provider: str) -> str:
@@ -35,13 +41,15 @@ def kernel_counts() -> dict[str, int]:
 
 def _problem(op: str, args: dict[str, Any]) -> GemmProblem:
     n, weight_k = (int(s) for s in args["weight"].get_size())
+    formats = tuple(args[name] for name in ("x_format", "weight_format") if name in args)
     return GemmProblem(
         op=op,
         m=static_size(args["x"].get_size()[0]),
         n=n,
-        k=weight_k * 2 if op.startswith("mx_") else weight_k,
+        k=BLOCK_FORMATS[formats[-1]].unpacked(weight_k) if formats else weight_k,
         dtype=args.get("out_dtype") or ops.dtype_name(args["x"].get_dtype()),
         granularity=args.get("granularity", ""),
+        formats=formats,
     )
 
 

@@ -171,7 +171,9 @@ def fused_call(match: Match, op: torch._ops.OpOverload, facts: Mapping[str, Any]
     return match.graph.call_function(op, tuple(named.get(a.name) for a in op._schema.arguments))
 
 
-def refuse_unless_provided(op: str, match: Match, options: Options, *, k: int, granularity: str = "") -> str | None:
+def refuse_unless_provided(
+    op: str, match: Match, options: Options, *, k: int, granularity: str = "", formats: tuple[str, ...] = ()
+) -> str | None:
     """``None`` if some provider can run the fused GEMM of a match, else everybody's reasons."""
     result = value(match.output_node())
     m, n = result.shape
@@ -179,7 +181,13 @@ def refuse_unless_provided(op: str, match: Match, options: Options, *, k: int, g
     if bias is not None and tuple(value(bias).shape) not in ((n,), (1,)):
         return f"what is added has shape {tuple(value(bias).shape)}, expected a bias [{n}]"
     problem = GemmProblem(
-        op=op, m=m if isinstance(m, int) else None, n=n, k=k, dtype=dtype_name(result.dtype), granularity=granularity
+        op=op,
+        m=m if isinstance(m, int) else None,
+        n=n,
+        k=k,
+        dtype=dtype_name(result.dtype),
+        granularity=granularity,
+        formats=formats,
     )
     selection = select(targets.current(result.device.type), problem, options.provider)
     return None if selection.provider else "; ".join(selection.refusals)

@@ -20,34 +20,40 @@ from quark_inductor.patterns.base import (
     with_and_without_bias,
 )
 from quark_inductor.schemes import ops
-from quark_inductor.schemes.numerics import mx
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+
+# Those some provider has kernels for.
+FORMATS = ("mxfp4",)
 
 
 def quantized_example(rows: int, k: int, prefix: str) -> dict[str, torch.Tensor]:
     """A block-quantized ``[rows, K]`` operand to trace with, as the arguments ``prefix`` and ``prefix_scale``."""
-    codes = torch.zeros(rows, k // 2, dtype=torch.uint8)
-    return {prefix: codes, f"{prefix}_scale": torch.zeros(rows, k // mx.BLOCK, dtype=torch.uint8)}
+    f = BLOCK_FORMATS[FORMATS[0]]
+    codes = torch.zeros(rows, f.packed(k), dtype=f.codes_dtype)
+    return {prefix: codes, f"{prefix}_scale": torch.zeros(rows, k // f.size, dtype=f.scales_dtype)}
 
 
 @register_rule
-class MxGemm(Rule):
+class BlockGemm(Rule):
     """Its leaves are the quantized tensors: the quantize stays outside and is shared by q, k and v."""
 
-    name = "mx_gemm"
+    name = "block_gemm"
 
     def variants(self) -> Iterable[Variant]:
-        """Every format and result dtype, with and without bias."""
+        """Each of ``FORMATS`` and result dtype, with and without bias."""
         m, n, k = 3, 5, 64
         example = quantized_example(m, k, "x") | quantized_example(n, k, "weight")
-        for fmt in mx.FORMATS:
+        for fmt in FORMATS:
             for dtype in FLOAT_DTYPES:
                 facts: dict[str, Any] = {"x_format": fmt, "weight_format": fmt, "out_dtype": ops.dtype_name(dtype)}
-                yield from with_and_without_bias(functools.partial(ops.mx_gemm, **facts), example, n, dtype, **facts)
+                yield from with_and_without_bias(functools.partial(ops.block_gemm, **facts), example, n, dtype, **facts)
 
     def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
         """A provider can run it."""
-        return refuse_unless_provided(self.name, match, options, k=value(match.kwargs["weight"]).shape[1] * 2)
+        formats = (facts["x_format"], facts["weight_format"])
+        k = BLOCK_FORMATS[formats[1]].unpacked(value(match.kwargs["weight"]).shape[1])
+        return refuse_unless_provided(self.name, match, options, k=k, formats=formats)
 
     def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
-        """One ``mx_gemm``."""
-        return fused_call(match, torch.ops.quark_inductor.mx_gemm.default, facts)
+        """One ``block_gemm``."""
+        return fused_call(match, torch.ops.quark_inductor.block_gemm.default, facts)

@@ -24,9 +24,8 @@ from quark_inductor.patterns.base import (
     value,
     with_and_without_bias,
 )
-from quark_inductor.patterns.mx_gemm import quantized_example
+from quark_inductor.patterns.block_gemm import FORMATS, quantized_example
 from quark_inductor.schemes import ops
-from quark_inductor.schemes.numerics import mx
 
 
 def _quantize_then_gemm(
@@ -40,8 +39,8 @@ def _quantize_then_gemm(
     out_dtype: str,
 ) -> Tensor:
     q = torch.ops.quark_inductor
-    codes, scales = q.mx_quantize(x, x_format, scale_rule)
-    result: Tensor = q.mx_gemm(
+    codes, scales = q.block_quantize(x, x_format, scale_rule)
+    result: Tensor = q.block_gemm(
         x=codes,
         x_scale=scales,
         weight=weight,
@@ -55,16 +54,16 @@ def _quantize_then_gemm(
 
 
 @register_rule
-class MxPrologue(Rule):
-    """Runs after ``mx_gemm``, on what that made."""
+class BlockPrologue(Rule):
+    """Runs after ``block_gemm``, on what that made."""
 
-    name = "mx_prologue"
+    name = "block_prologue"
 
     def variants(self) -> Iterable[Variant]:
         """Every format, scale rule and dtype, with and without bias."""
         m, n, k = 3, 5, 64
-        for fmt in mx.FORMATS:
-            for rule in mx.SCALE_RULES:
+        for fmt in FORMATS:
+            for rule in ("even",):
                 for dtype in FLOAT_DTYPES:
                     facts: dict[str, Any] = {"x_format": fmt, "scale_rule": rule, "weight_format": fmt}
                     search = functools.partial(_quantize_then_gemm, **facts, out_dtype=ops.dtype_name(dtype))
@@ -76,8 +75,9 @@ class MxPrologue(Rule):
         x, y = value(match.kwargs["x"]), value(match.output_node())
         if x.dtype != y.dtype:
             return f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
-        return refuse_unless_provided("mx_prologue_gemm", match, options, k=x.shape[1])
+        formats = (facts["x_format"], facts["weight_format"])
+        return refuse_unless_provided("block_prologue_gemm", match, options, k=x.shape[1], formats=formats)
 
     def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
-        """One ``mx_prologue_gemm``."""
-        return fused_call(match, torch.ops.quark_inductor.mx_prologue_gemm.default, facts)
+        """One ``block_prologue_gemm``."""
+        return fused_call(match, torch.ops.quark_inductor.block_prologue_gemm.default, facts)

@@ -93,7 +93,7 @@ def _hoist(graph: Graph, view: Node) -> Node | None:
     source = view.args[0]
     assert isinstance(source, Node)
     last = value(view).shape[-1]
-    dequantize = source.target is torch.ops.quark_inductor.mx_dequantize.default
+    dequantize = source.target is torch.ops.quark_inductor.block_dequantize.default
     if source.op != "call_function" or not (dequantize or source.target in _ROW_PRESERVING):
         return None
     before = value(source)

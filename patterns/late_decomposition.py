@@ -9,16 +9,16 @@ from torch.fx import Graph, Node
 
 from quark_inductor.patterns._inductor import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
 from quark_inductor.schemes import ops
-from quark_inductor.schemes.numerics import mx
+from quark_inductor.schemes.numerics import block
 
 
-def _dequantize(codes: torch.Tensor, scales: torch.Tensor, format: str, out_dtype: str) -> torch.Tensor:
-    return mx.dequantize(codes, scales, format, ops.dtype_of(out_dtype))
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor, format: str, out_dtype: str, *more: Any) -> torch.Tensor:
+    return block.dequantize(codes, scales, format, ops.dtype_of(out_dtype), *more)
 
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
-    torch.ops.quark_inductor.mx_quantize.default: mx.quantize,
-    torch.ops.quark_inductor.mx_dequantize.default: _dequantize,
+    torch.ops.quark_inductor.block_quantize.default: block.quantize,
+    torch.ops.quark_inductor.block_dequantize.default: _dequantize,
 }
 
 
@@ -30,8 +30,12 @@ def _matcher() -> PatternMatcherPass:
         def decompose(match: Match, *args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> None:
             assert not kwargs, "quantize and dequantize nodes are made with positional arguments"
             tensors = [a for a in args if isinstance(a, Node)]
-            rest = [a for a in args if not isinstance(a, Node)]
-            match.replace_by_example(lambda *t: plain(*t, *rest), tensors)
+
+            def call(*values: torch.Tensor) -> Any:
+                given = iter(values)
+                return plain(*(next(given) if isinstance(a, Node) else a for a in args))
+
+            match.replace_by_example(call, tensors)
 
         register_graph_pattern(CallFunctionVarArgs(op), pass_dict=matcher)(decompose)
     return matcher

@@ -20,13 +20,13 @@ from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import provider_names
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
-from quark_inductor.patterns.base import Options, PassResult, Refusal, layer_of, registered_rules, value
+from quark_inductor.patterns.base import Options, PassResult, Refusal, layer_of, registered_rules
 from quark_inductor.patterns.canonicalize import cse, hoist_views
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.schemes.errors import NotFusedError
 
 log = logging.getLogger(__name__)
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,25 @@ def _timed(name: str, run: Callable[[Graph], int], graph: Graph) -> PassResult:
     return PassResult(name, run(graph), (), (time.perf_counter() - start) * 1e3)
 
 
-# What may stand between a stored weight and its GEMM in the emulation.
-_WEIGHT_PATH = {
-    aten.permute.default,
-    aten.t.default,
-    aten.mul.Tensor,
-    prims.convert_element_type.default,
-    torch.ops.quark_inductor.mx_dequantize.default,
-}
+_GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.embedding.default}
+
+
+def _comes_from_codes(operand: Any) -> bool:
+    """Whether a tensor is computed from stored integers or FP8, and from nothing that another GEMM computed."""
+    seen: set[Node] = set()
+    todo, codes = [operand], False
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in _GEMMS:
+            return False
+        val = node.meta.get("val")
+        if not node.all_input_nodes and isinstance(val, torch.Tensor):
+            codes |= (val.dtype.itemsize == 1 and val.dtype != torch.bool) or val.dtype == torch.int32
+        todo += node.all_input_nodes
+    return codes
 
 
 def unfused_gemms(graph: Graph) -> list[Node]:
@@ -75,13 +86,7 @@ def unfused_gemms(graph: Graph) -> list[Node]:
     found = []
     for target, index in ((aten.mm.default, 1), (aten.addmm.default, 2)):
         for node in graph.find_nodes(op="call_function", target=target):
-            operand = node.args[index]
-            while isinstance(operand, Node) and operand.target in _WEIGHT_PATH:
-                operand = operand.args[0]
-            if not isinstance(operand, Node):
-                continue
-            dtype = value(operand).dtype
-            if dtype.itemsize == 1 and dtype != torch.bool:  # codes, packed or not
+            if _comes_from_codes(node.args[index]):
                 found.append(node)
     return found
 

@@ -5,30 +5,44 @@ Every key is known here or is an error: a key that is skipped today is a wrong n
 lack some keys, which then take the defaults below.
 """
 
+import dataclasses
 import fnmatch
+import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quark_inductor.schemes.errors import ConfigError
-from quark_inductor.schemes.spec import LinearSpec, TensorSpec
+from quark_inductor.schemes.spec import PRESETS, LinearSpec, TensorSpec
 
 QUARK_VERSION = "0.13"  # the format that is written
 
 # Keys of a tensor spec that decide no number once the tensors are stored.
-_INERT = {"enable_buffer_reuse", "max_input_numel", "observer_cls", "zero_point_type"}
+_INERT = {"enable_buffer_reuse", "max_input_numel", "observer_cls"}
 # Keys that would decide one, with the values that mean nothing special.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "block_size": (None,),
-    "is_scale_quant": (False, None),
     "mx_element_dtype": (None,),
     "round_method": ("half_even", None),
-    "scale_type": ("float", None),  # the model's dtype
-    "symmetric": (True, None),
+    "zero_point_type": ("int32", None),
 }
-_SPEC_KEYS = {"dtype", "qscheme", "ch_axis", "group_size", "is_dynamic", "scale_format", "scale_calculation_mode"}
+_SPEC_KEYS = {
+    "block_size",
+    "ch_axis",
+    "dtype",
+    "group_size",
+    "is_dynamic",
+    "is_scale_quant",
+    "qscheme",
+    "scale_calculation_mode",
+    "scale_format",
+    "scale_type",
+    "symmetric",
+}
+_DTYPES = ("fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e5m3", "int8", "uint8", "int4", "uint4")
+_QSCHEMES = ("per_tensor", "per_channel", "per_group", "per_block")
+_SCALE_RULES = ("even", "floor", "ceil", "rceil")
 # Algorithms whose whole effect is in the stored weights.
 _OFFLINE_ALGORITHMS = {"autosmoothquant", "awq", "gptaq", "gptq", "qronos", "smooth", "smoothquant"}
 # Keys of quantization_config itself: what they must be if they are there (None: read elsewhere, or says nothing).
@@ -38,33 +52,42 @@ _TOP: dict[str, tuple[Any, ...] | None] = {
     "export": None,
     "global_quant_config": None,
     "kv_cache_post_rope": (False, None),
-    "kv_cache_quant_config": ({}, None),
+    "kv_cache_quant_config": None,
     "layer_quant_config": None,
-    "layer_type_quant_config": ({}, None),
+    "layer_type_quant_config": None,
     "quant_method": ("quark",),
     "quant_mode": ("eager_mode", None),
-    "softmax_quant_spec": (None,),
+    "softmax_quant_spec": None,
     "version": None,
 }
 _EXPORT_KEYS = {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
 _LAYER_KEYS = {"bias", "input_tensors", "output_tensors", "target_device", "weight"}
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizationConfig:
-    """Which Linear is quantized how.
+    """Which Linear is quantized how, as amd-quark 0.13 decides it (``quant_config_parser.py: get_layer_quant_config``).
+
+    vLLM 0.33 reads the same keys differently: there a pattern of ``layer_quant_config`` without ``*`` matches every
+    layer whose name it contains, ``layer_type_quant_config`` never matches, and ``exclude`` holds whole names or
+    regular expressions, no fnmatch patterns.
 
     Attributes:
         default: the spec of every Linear that no pattern names.
         by_pattern: fnmatch pattern on the module's name -> spec; the first that matches wins.
         exclude: fnmatch patterns, or ``re:`` and a regular expression that must match from the name's start (as files
-        on
-            the hub and vLLM have it); a Linear one of them names is not quantized, whatever else names it.
+            on the hub and vLLM have it); a Linear one of them names is not quantized, whatever else names it.
+        by_type: spec of a module type (``"Linear"``) that no pattern names.
+        kv_cache: fnmatch pattern -> spec of the output of a Linear that is excluded; it stays quantized.
     """
 
     default: LinearSpec | None
     by_pattern: Mapping[str, LinearSpec | None] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    by_type: Mapping[str, LinearSpec | None] = field(default_factory=dict)
+    kv_cache: Mapping[str, TensorSpec | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is no pattern.
@@ -81,11 +104,13 @@ class QuantizationConfig:
     def spec_for(self, name: str) -> LinearSpec | None:
         """The spec of the Linear of this name, or ``None`` if it is not quantized."""
         if any(_names(pattern, name) for pattern in self.exclude):
-            return None
-        for pattern, spec in self.by_pattern.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                return spec
-        return self.default
+            output = _first_match(self.kv_cache, name, None)
+            return None if output is None else LinearSpec(weight=None, output=output)
+        return _first_match(self.by_pattern, name, self.by_type.get("Linear", self.default))
+
+
+def _first_match(by_pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for pattern, v in by_pattern.items() if fnmatch.fnmatchcase(name, pattern)), default)
 
 
 def _names(pattern: str, name: str) -> bool:
@@ -114,40 +139,99 @@ def parse(config: Any) -> QuantizationConfig:
         allowed = _TOP[key]
         if allowed is not None and value not in allowed:
             raise ConfigError(f"{where}.{key} is {value!r}, which is not supported yet; expected {allowed[0]!r}")
-    export = _mapping(config.get("export") or {}, f"{where}.export")
+    export = _mapping(_given(config, "export", {}), f"{where}.export")
     if export.get("weight_format", "real_quantized") != "real_quantized":
         raise ConfigError(
             f"{where}.export.weight_format is {export['weight_format']!r}, expected 'real_quantized': export the model "
             "again with weight_format='real_quantized'"
         )
-    if export.get("kv_cache_group"):
-        groups = export["kv_cache_group"]
-        raise ConfigError(f"{where}.export.kv_cache_group is {groups!r}: a quantized KV cache is not supported yet")
     if unknown := sorted(set(export) - _EXPORT_KEYS):
         raise ConfigError(f"{where}.export has unknown keys {unknown}; known are {sorted(_EXPORT_KEYS)}")
-    if export.get("pack_method") not in (None, "reorder", "order"):
-        raise ConfigError(f"{where}.export.pack_method is {export['pack_method']!r}, expected 'reorder' or 'order'")
-    algorithms = config.get("algo_config") or []
-    if not isinstance(algorithms, list):
-        raise ConfigError(f"{where}.algo_config is {algorithms!r}, expected a list")
-    for algorithm in algorithms:
-        name = _mapping(algorithm, f"{where}.algo_config entry").get("name")
-        if not isinstance(name, str) or name not in _OFFLINE_ALGORITHMS:
-            raise ConfigError(
-                f"{where}.algo_config has {name!r}, which may change the model's graph; supported are "
-                f"{', '.join(sorted(_OFFLINE_ALGORITHMS))}, whose whole effect is in the weights"
-            )
+    pack_method = _given(export, "pack_method", "reorder")
+    if pack_method not in ("reorder", "order"):
+        raise ConfigError(f"{where}.export.pack_method is {pack_method!r}, expected 'reorder' or 'order'")
+    _check_algorithms(_given(config, "algo_config", []), f"{where}.algo_config")
     if "global_quant_config" not in config:
         raise ConfigError(f"{where} has no global_quant_config: it says how the Linears are quantized")
-    layers = _mapping(config.get("layer_quant_config") or {}, f"{where}.layer_quant_config")
-    exclude = config.get("exclude") or []
+    if config.get("softmax_quant_spec") is not None:
+        log.warning("softmax_quant_spec is left out: amd-quark does not apply it to a loaded checkpoint either")
+    exclude = _given(config, "exclude", [])
     if not isinstance(exclude, list) or not all(isinstance(e, str) for e in exclude):
         raise ConfigError(f"{where}.exclude is {exclude!r}, expected a list of names or patterns")
+
+    def linear_specs(key: str) -> dict[str, LinearSpec | None]:
+        entries = _mapping(_given(config, key, {}), f"{where}.{key}")
+        return {p: _linear_spec(c, f"{where}.{key}[{p!r}]", pack_method) for p, c in entries.items()}
+
+    by_pattern, by_type = linear_specs("layer_quant_config"), linear_specs("layer_type_quant_config")
+    if unknown := sorted(set(by_type) - {"Linear"}):
+        raise ConfigError(f"{where}.layer_type_quant_config has {unknown}: only Linears can be quantized yet")
+    kv_cache = {
+        p: spec.output if spec is not None else None for p, spec in linear_specs("kv_cache_quant_config").items()
+    }
+    groups = _given(export, "kv_cache_group", [])
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+        raise ConfigError(f"{where}.export.kv_cache_group is {groups!r}, expected a list of patterns")
+    for group in groups:
+        if group not in kv_cache and group not in by_pattern:
+            raise ConfigError(
+                f"{where}.export.kv_cache_group has {group!r}, which neither kv_cache_quant_config nor "
+                "layer_quant_config says how to quantize"
+            )
     return QuantizationConfig(
-        default=_linear_spec(config["global_quant_config"], f"{where}.global_quant_config"),
-        by_pattern={p: _linear_spec(c, f"{where}.layer_quant_config[{p!r}]") for p, c in layers.items()},
+        default=_linear_spec(config["global_quant_config"], f"{where}.global_quant_config", pack_method),
+        by_pattern=by_pattern,
         exclude=tuple(exclude),
+        by_type=by_type,
+        kv_cache=kv_cache,
     )
+
+
+def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value; the default where it is null or missing, as in older files."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def _check_algorithms(algorithms: Any, where: str) -> None:
+    if not isinstance(algorithms, list):
+        raise ConfigError(f"{where} is {algorithms!r}, expected a list")
+    for algorithm in algorithms:
+        config = _mapping(algorithm, f"{where} entry")
+        name = config.get("name")
+        # The rotation r1 is merged into the weights; r2, r3, r4 and online ones are not, or not wholly.
+        offline_rotation = name == "rotation" and not any(
+            config.get(key) for key in ("r2", "r3", "r4", "online_config", "online_r1_rotation", "trainable")
+        )
+        if not isinstance(name, str) or not (name in _OFFLINE_ALGORITHMS or offline_rotation):
+            raise ConfigError(
+                f"{where} has {name!r}, which may change the model's graph; supported are "
+                f"{', '.join(sorted(_OFFLINE_ALGORITHMS))} and rotation with r1 only, whose effect is in the weights"
+            )
+
+
+def from_presets(scheme: str | Mapping[str, str], exclude: str | Sequence[str]) -> QuantizationConfig:
+    """The config of a scheme's name, or of fnmatch patterns on module names to scheme names (the first match wins).
+
+    Args:
+        scheme: as above.
+        exclude: fnmatch patterns, or ``re:`` and a regular expression, of Linears that stay as they are.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if isinstance(scheme, str):
+        return QuantizationConfig(default=_preset(scheme), exclude=exclude)
+    by_pattern = {pattern: _preset(name) for pattern, name in scheme.items()}
+    return QuantizationConfig(default=None, by_pattern=by_pattern, exclude=exclude)
+
+
+def _preset(name: str) -> LinearSpec:
+    spec = PRESETS.get(name)
+    if spec is None:
+        raise ConfigError(f"there is no scheme {name!r}; expected one of {', '.join(PRESETS)}")
+    return spec
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -156,29 +240,43 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _linear_spec(config: Any, where: str) -> LinearSpec | None:
+def _linear_spec(config: Any, where: str, pack_method: str) -> LinearSpec | None:
     if config is None:
         return None
     config = _mapping(config, where)
     if unknown := sorted(set(config) - _LAYER_KEYS):
         raise ConfigError(f"{where} has unknown keys {unknown}; known are {sorted(_LAYER_KEYS)}")
-    for key in ("output_tensors", "bias"):
-        if config.get(key) is not None:
-            raise ConfigError(f"{where}.{key} is {config[key]!r}: only weights and inputs can be quantized yet")
-    weight = _tensor_spec(config.get("weight"), f"{where}.weight")
-    inputs = _tensor_spec(config.get("input_tensors"), f"{where}.input_tensors")
-    if weight is None:
-        if inputs is not None:
-            raise ConfigError(f"{where} quantizes the input but not the weight, which no scheme does")
+    if config.get("bias") is not None:
+        raise ConfigError(f"{where}.bias is {config['bias']!r}: a bias cannot be quantized yet")
+    weight, inputs, output = (
+        _tensor_spec(config.get(k), f"{where}.{k}") for k in ("weight", "input_tensors", "output_tensors")
+    )
+    if absent := sorted({"input_tensors", "weight"} - set(config)):
+        raise ConfigError(f"{where} has no {absent[0]}; it says null where something is not quantized")
+    if weight is None and inputs is not None:
+        raise ConfigError(f"{where} quantizes the input but not the weight, which no scheme does")
+    if weight is None and output is None:
         return None
-    return LinearSpec(weight=weight, input=inputs)
+    method = pack_method if _is_packed(weight) else "reorder"
+    return LinearSpec(weight=weight, input=inputs, output=output, pack_method=method)
+
+
+def _is_packed(weight: TensorSpec | None) -> bool:
+    return weight is not None and "int4" in (weight.second or weight).dtype
 
 
 def _tensor_spec(config: Any, where: str) -> TensorSpec | None:
     if config is None:
         return None
     if isinstance(config, list):
-        raise ConfigError(f"{where} has {len(config)} stages; only single-stage specs are supported yet")
+        if len(config) not in (1, 2):
+            raise ConfigError(f"{where} has {len(config)} stages, expected one or two")
+        stages = [_stage(c, f"{where}[{i}]", second=i == 1) for i, c in enumerate(config)]
+        return dataclasses.replace(stages[0], second=stages[1] if len(stages) == 2 else None)
+    return _stage(config, where, second=False)
+
+
+def _stage(config: Any, where: str, second: bool) -> TensorSpec:
     config = _mapping(config, where)
     if unknown := sorted(set(config) - _INERT - set(_NEUTRAL) - _SPEC_KEYS):
         known = sorted(_INERT | set(_NEUTRAL) | _SPEC_KEYS)
@@ -186,33 +284,75 @@ def _tensor_spec(config: Any, where: str) -> TensorSpec | None:
     for key, allowed in _NEUTRAL.items():
         if config.get(key) not in allowed:
             raise ConfigError(f"{where}.{key} is {config[key]!r}, which is not supported yet; expected {allowed[0]!r}")
-    for key in ("dtype", "qscheme"):
-        if not isinstance(config.get(key), str):
-            raise ConfigError(f"{where}.{key} is {config.get(key)!r}, expected a name such as 'fp8_e4m3', 'per_tensor'")
+    dtype = _choice(config, "dtype", _DTYPES, where)
+    qscheme = _choice(config, "qscheme", _QSCHEMES, where)
     group = config.get("group_size")
-    if group is not None and (not isinstance(group, int) or group < 1):
+    if group is not None and not _is_count(group):
         raise ConfigError(f"{where}.group_size is {group!r}, expected a positive number or null")
-    axis, qscheme = config.get("ch_axis"), config["qscheme"]
+    block = config.get("block_size")
+    if (qscheme == "per_block") != (block is not None) or not (
+        block is None or (isinstance(block, list) and len(block) == 2 and all(map(_is_count, block)))
+    ):
+        raise ConfigError(
+            f"{where}.block_size is {block!r} with {qscheme}, expected two numbers with per_block, else null"
+        )
+    if qscheme == "per_group" and group is None:
+        raise ConfigError(f"{where}.group_size is null with per_group, expected a positive number")
+    axis = config.get("ch_axis")
     # A group runs along the last dimension. A channel of a weight is a row; a channel of an activation [batch, tokens,
     # K] is a token, which amd-quark writes as axis 1.
-    expected = {"per_group": (-1, 1, None), "per_channel": (1,) if ".input" in where else (0,)}.get(qscheme)
-    if expected is not None and axis not in expected:
+    expected = {"per_group": (-1, 1, None), "per_channel": (0,) if ".weight" in where else (1,)}.get(qscheme)
+    if expected is not None and (axis not in expected or isinstance(axis, bool)):
         raise ConfigError(f"{where}.ch_axis is {axis!r} with {qscheme}, expected {expected[0]}")
-    scale_format = config.get("scale_format")
+    scale_format = _choice(config, "scale_format", (None, "e8m0", "e5m3", "float32"), where)
     if scale_format is not None and qscheme != "per_group":
         raise ConfigError(f"{where}.scale_format is {scale_format!r} with {qscheme}, expected null")
-    e8m0 = scale_format == "e8m0"
-    dynamic = config.get("is_dynamic")
-    if dynamic not in (True, False, None) or (isinstance(dynamic, int) and not isinstance(dynamic, bool)):
-        raise ConfigError(f"{where}.is_dynamic is {dynamic!r}, expected true or false")
+    scale_type = _choice(config, "scale_type", (None, "float", "float32", "float8_e5m3"), where)
+    if scale_type == "float8_e5m3" and scale_format != "e5m3":
+        raise ConfigError(f"{where}.scale_type is 'float8_e5m3', the scale_format {scale_format!r}; expected 'e5m3'")
+    mode = _choice(config, "scale_calculation_mode", (None, *_SCALE_RULES), where)
+    if mode is not None and scale_format != "e8m0":
+        raise ConfigError(
+            f"{where}.scale_calculation_mode is {mode!r}, the scale_format {scale_format!r}; expected null"
+        )
+    integer = "int" in dtype
+    symmetric = config.get("symmetric")
+    if symmetric not in ((True, False) if integer else (True, None)) or type(symmetric) is int:
+        values = "true or false" if integer else "true or null"
+        raise ConfigError(f"{where}.symmetric is {symmetric!r} with {dtype}, expected {values}")
+    scale_quant = _flag(config, "is_scale_quant", where)
+    if scale_quant and not second:
+        raise ConfigError(f"{where}.is_scale_quant is true, which only the second of two stages can be")
     return TensorSpec(
-        dtype=config["dtype"],
+        dtype=dtype,
         qscheme=qscheme,
         group_size=group if qscheme == "per_group" else None,
-        is_dynamic=bool(dynamic),
+        block_size=None if block is None else (block[0], block[1]),
+        is_dynamic=_flag(config, "is_dynamic", where),
+        symmetric=bool(symmetric) if integer else True,
         scale_format=scale_format,
-        scale_calculation_mode=(config.get("scale_calculation_mode") or "even") if e8m0 else None,
+        scale_type="float32" if scale_type == "float32" else None,
+        scale_calculation_mode=(mode or "even") if scale_format == "e8m0" else None,
+        is_scale_quant=scale_quant,
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _choice(config: Mapping[str, Any], key: str, allowed: tuple[str | None, ...], where: str) -> Any:
+    value = config.get(key)
+    if not isinstance(value, str | None) or value not in allowed:
+        raise ConfigError(f"{where}.{key} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key)
+    if value is not None and type(value) is not bool:
+        raise ConfigError(f"{where}.{key} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def to_json(linears: Mapping[str, LinearSpec], unquantized: list[str]) -> dict[str, Any]:
@@ -221,23 +361,37 @@ def to_json(linears: Mapping[str, LinearSpec], unquantized: list[str]) -> dict[s
     Args:
         linears: the quantized Linears' specs by module name, at least one.
         unquantized: names of the Linears that are not quantized.
+
+    Raises:
+        ConfigError: 4-bit integers packed in two orders; a checkpoint has one.
     """
-    counts = Counter(linears.values())
-    default = counts.most_common(1)[0][0]
+    counts = Counter(spec for spec in linears.values() if spec.weight is not None)
+    default = counts.most_common(1)[0][0] if counts else None
+    methods = {s.pack_method for s in linears.values() if _is_packed(s.weight)}
+    if len(methods) > 1:
+        raise ConfigError("the model's 4-bit integers are packed in two orders, a checkpoint has one; save it in parts")
+    cached = {n: s for n, s in linears.items() if s.output is not None and n.endswith(("k_proj", "v_proj"))}
+    kept_float = [n for n, s in linears.items() if s.weight is None]
+    if not_cached := sorted(set(kept_float) - set(cached)):
+        raise ConfigError(f"{not_cached[0]}: only a k_proj or v_proj can have a quantized output and a float weight")
     return {
         "algo_config": None,
-        "exclude": unquantized,
+        "exclude": [*unquantized, *kept_float],
         "export": {
-            "kv_cache_group": [],
+            "kv_cache_group": sorted(cached),
             "min_kv_scale": 0.0,
-            "pack_method": "reorder",
+            "pack_method": methods.pop() if methods else "reorder",
             "weight_format": "real_quantized",
             "weight_merge_groups": None,
         },
-        "global_quant_config": _linear_json(default),
+        "global_quant_config": None if default is None else _linear_json(default),
         "kv_cache_post_rope": False,
-        "kv_cache_quant_config": {},
-        "layer_quant_config": {name: _linear_json(spec) for name, spec in linears.items() if spec != default},
+        "kv_cache_quant_config": {name: _linear_json(spec) for name, spec in cached.items()},
+        "layer_quant_config": {
+            name: _linear_json(spec)
+            for name, spec in linears.items()
+            if spec not in (default,) and spec.weight is not None
+        },
         "layer_type_quant_config": {},
         "quant_method": "quark",
         "quant_mode": "eager_mode",
@@ -249,32 +403,42 @@ def to_json(linears: Mapping[str, LinearSpec], unquantized: list[str]) -> dict[s
 def _linear_json(spec: LinearSpec) -> dict[str, Any]:
     return {
         "bias": None,
-        "input_tensors": None if spec.input is None else _tensor_json(spec.input, channel_axis=1),
-        "output_tensors": None,
+        "input_tensors": _tensor_json(spec.input, channel_axis=1),
+        "output_tensors": _tensor_json(spec.output, channel_axis=1),
         "target_device": None,
         "weight": _tensor_json(spec.weight, channel_axis=0),
     }
 
 
-def _tensor_json(spec: TensorSpec, channel_axis: int) -> dict[str, Any]:
-    e8m0 = spec.scale_format == "e8m0"
-    observers = {"per_tensor": "PerTensorMinMaxObserver", "per_channel": "PerChannelMinMaxObserver"}
+def _tensor_json(spec: TensorSpec | None, channel_axis: int) -> Any:
+    if spec is None:
+        return None
+    if spec.second is not None:
+        first = dataclasses.replace(spec, second=None)
+        return [_tensor_json(first, channel_axis), _tensor_json(spec.second, channel_axis)]
+    integer, in_blocks = "int" in spec.dtype, spec.qscheme == "per_group" and "int" not in spec.dtype
+    observers = {
+        "per_tensor": "PerTensorMinMaxObserver",
+        "per_channel": "PerChannelMinMaxObserver",
+        "per_group": "PerBlockMXObserver" if spec.scale_format else "PerGroupMinMaxObserver",
+        "per_block": "PerBlock2DMinMaxObserver",
+    }
     return {
-        "block_size": None,
-        "ch_axis": {"per_tensor": None, "per_channel": channel_axis, "per_group": -1}[spec.qscheme],
+        "block_size": None if spec.block_size is None else list(spec.block_size),
+        "ch_axis": {"per_channel": channel_axis, "per_group": -1}.get(spec.qscheme),
         "dtype": spec.dtype,
         "enable_buffer_reuse": False,
         "group_size": spec.group_size,
         "is_dynamic": spec.is_dynamic,
-        "is_scale_quant": False,
+        "is_scale_quant": spec.is_scale_quant,
         "max_input_numel": 4194304,
         "mx_element_dtype": None,
-        "observer_cls": "PerBlockMXObserver" if e8m0 else observers[spec.qscheme],
+        "observer_cls": observers[spec.qscheme],
         "qscheme": spec.qscheme,
         "round_method": "half_even",
         "scale_calculation_mode": spec.scale_calculation_mode,
         "scale_format": spec.scale_format,
-        "scale_type": "float",
-        "symmetric": None if e8m0 else True,
+        "scale_type": "float8_e5m3" if spec.scale_format == "e5m3" else spec.scale_type or "float",
+        "symmetric": spec.symmetric if integer else None if in_blocks and spec.scale_format else True,
         "zero_point_type": "int32",
     }

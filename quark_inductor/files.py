@@ -1,6 +1,9 @@
 """The files of a checkpoint directory: what is in them without reading it, and one tensor at a time."""
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +38,10 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: where, its shape and its dtype."""
+    """A tensor in a file: where, under which name there, its shape and its dtype."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -49,12 +53,22 @@ def read_json(path: Path) -> Any:
         CheckpointError: there is no such file.
         ConfigError: it is not JSON.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot read {path}: not a regular file; a checkpoint directory has this file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}; a checkpoint directory has this file") from e
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is not JSON: {e}") from e
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number JSON knows")
+
+
+def _finite(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else _refuse(text)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -68,7 +82,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         single = directory / SINGLE
         if not single.exists():
             raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}: it is not a safetensors checkpoint")
-        return _header(single)
+        return header(single)
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -82,7 +96,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{directory / shard} is missing; {index_path.name} says it holds {missing} and others"
             )
-        for name, stored in _header(directory / shard).items():
+        for name, stored in header(directory / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(f"{shard} holds {name}, which {index_path.name} places in {weight_map.get(name)}")
             tensors[name] = stored
@@ -91,8 +105,15 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file by name.
+
+    Raises:
+        CheckpointError: the file is damaged, or has a dtype that is not known.
+    """
     tensors = {}
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: not a regular file; download or export it again")
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -102,13 +123,36 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                     raise CheckpointError(
                         f"{name} in {path} has dtype {view.get_dtype()}; known are {', '.join(_DTYPES)}"
                     )
-                tensors[name] = StoredTensor(path, tuple(view.get_shape()), dtype)
+                tensors[name] = StoredTensor(path, name, tuple(view.get_shape()), dtype)
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({e}); download or export it again") from e
     return tensors
 
 
-def read_tensor(stored: StoredTensor, name: str) -> Tensor:
+# amd-quark 0.11 under transformers 5 wrote the names of its own modules (amd/Quark issue 44).
+_OLD_NAME = re.compile(r"^(.*\.)(weight|input|output)_quantizer\.(?:([01])\.)?(scale|zero_point)$")
+
+
+def canonical_names(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same tensors under the names amd-quark 0.13 writes: ``weight_quantizer.scale`` becomes ``weight_scale``.
+
+    Of two stages, ``weight_quantizer.0.scale`` becomes ``weight_scale`` and ``weight_quantizer.1.scale``
+    ``weight_scale_2``.
+
+    Raises:
+        CheckpointError: a tensor is there under both names.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        old = _OLD_NAME.match(name)
+        new = name if old is None else f"{old[1]}{old[2]}_{old[4]}{'_2' if old[3] == '1' else ''}"
+        if new in tensors or (new != name and new in stored):
+            raise CheckpointError(f"{name} is the old name of {new}, and the checkpoint has both")
+        tensors[new] = tensor
+    return tensors
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
     """One tensor, in memory of its own.
 
     The file is opened for this tensor alone: pages of a mapping that stays open count as memory, and a checkpoint
@@ -116,7 +160,7 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     """
     try:
         with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
+            tensor: Tensor = file.get_tensor(stored.name).clone()
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"cannot read {name} from {stored.file} ({e}); download or export it again") from e
+        raise CheckpointError(f"cannot read {stored.name} from {stored.file} ({e}); download or export it again") from e
     return tensor

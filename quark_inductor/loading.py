@@ -1,8 +1,10 @@
 """A Quark checkpoint into a transformers model, with every tensor accounted for before any is read."""
 
 import contextlib
+import ctypes
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor import checkpoint, files
+from quark_inductor.lowering.target import current
 from quark_inductor.schemes import registry  # noqa: F401
-from quark_inductor.schemes.base import QuarkLinear, replace_module, scheme_for
-from quark_inductor.schemes.errors import CheckpointError, ConfigError, QuarkInductorError
+from quark_inductor.schemes.base import AT_LOAD, PER_CALL, QuarkLinear, replace_module, scheme_for, set_parameters
+from quark_inductor.schemes.errors import CheckpointError, ConfigError, OptionError, QuarkInductorError
 from quark_inductor.schemes.ops import dtype_name
+from quark_inductor.schemes.spec import LinearSpec
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +27,12 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    emulation: str = PER_CALL,
+    dynamic_fallback: bool = False,
+    scheme: str | Mapping[str, str] | None = None,
+    exclude: str | Sequence[str] = ("lm_head",),
 ) -> nn.Module:
-    """Load a checkpoint written by AMD Quark.
+    """Load a checkpoint written by AMD Quark, or a float one that is quantized on the way.
 
     Needs no amd-quark and runs no code of the checkpoint's (no pickle, no remote code). Memory stays near the
     checkpoint's
@@ -35,6 +43,14 @@ def load(
         device: where the model goes; the CPU by default.
         dtype: dtype of everything that is not quantized, and of results; that of the checkpoint by default.
         strict: a tensor of the checkpoint that the model has no place for is an error; if false it is logged.
+        emulation: when a weight is dequantized where no kernel runs: ``"per_call"``, or ``"at_load"``, once for all,
+            which is faster, gives the same numbers, needs 2x to 4x the memory and leaves no codes for a kernel.
+        dynamic_fallback: a static activation scale that the checkpoint lacks (amd-quark's file-to-file export does not
+            calibrate) is computed at run time, per tensor, instead of being an error.
+        scheme: for a float checkpoint: what to quantize it to, as in :func:`quark_inductor.quantize_`. Each weight is
+            quantized as soon as it is read: the float model is never in memory. Only schemes without static activation
+            scales.
+        exclude: with ``scheme``: fnmatch patterns (or ``re:`` and a regular expression) of Linears that stay float.
 
     Returns:
         The transformers model in eval mode, its quantized Linears as ``QuarkLinear``; no parameter wants a gradient.
@@ -44,24 +60,129 @@ def load(
         CheckpointError: a file is missing or damaged; a tensor is missing, unexpected, or of the wrong shape or dtype.
         ShapeError: a layer's sizes do not fit its scheme.
     """
+    if emulation not in (PER_CALL, AT_LOAD):
+        raise OptionError(f"emulation is {emulation!r}; expected {PER_CALL!r} or {AT_LOAD!r}")
     directory = _directory(path)
     raw = files.read_json(directory / files.CONFIG)
-    if not isinstance(raw, dict) or "quantization_config" not in raw:
-        raise ConfigError(
-            f"{directory / files.CONFIG} has no quantization_config: the checkpoint is not quantized. Load it with "
-            "transformers, and quantize it with quark_inductor.quantize_ if you like"
-        )
-    config = checkpoint.parse(raw["quantization_config"])
-    stored = files.stored_tensors(directory)
+    config = _config(raw, directory, scheme, exclude)
+    stored = files.canonical_names(files.stored_tensors(directory))
+    _check_depth(raw, stored, directory)
     model, stored_dtype = _empty_model(directory, dtype)
-    replace_linears(model, quantized_linears(model, config, model.dtype))
-    _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict)
-    for name, module in model.named_modules():
-        if isinstance(module, QuarkLinear):
-            with naming(name):
-                module.scheme.process_weights_after_loading(module)
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    linears = insert_linears(model, config, stored, dynamic_fallback if scheme is None else None)
+    # A float lm_head that is not stored, being the embedding, is quantized from the embedding.
+    for name, source in tied.items():
+        if scheme is not None and name.removesuffix(".weight") in linears and name not in stored and source in stored:
+            stored[name] = stored[source]
+    online = {} if scheme is None else {f"{name}.weight": linear for name, (_, linear) in linears.items()}
+    _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict, online)
+    finish(model, emulation)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _config(
+    raw: Any, directory: Path, scheme: str | Mapping[str, str] | None, exclude: str | Sequence[str]
+) -> checkpoint.QuantizationConfig:
+    quantized = isinstance(raw, dict) and raw.get("quantization_config") is not None
+    if quantized and scheme is not None:
+        raise ConfigError(f"{directory / files.CONFIG} has a quantization_config already: load it without scheme=")
+    if not isinstance(raw, dict) or not (quantized or scheme is not None):
+        raise ConfigError(
+            f"{directory / files.CONFIG} has no quantization_config: the checkpoint is not quantized. Pass scheme= to "
+            "quantize it while it loads"
+        )
+    if scheme is None:
+        return checkpoint.parse(raw["quantization_config"])
+    return checkpoint.from_presets(scheme, exclude)
+
+
+def _check_depth(config: Any, stored: Mapping[str, files.StoredTensor], directory: Path) -> None:
+    # transformers would build a million layers, without memory but for hours.
+    layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    if type(layers) is int and layers > len(stored) > 0:
+        raise CheckpointError(
+            f"{directory / files.CONFIG}: num_hidden_layers is {layers}, but the checkpoint has {len(stored)} tensors"
+        )
+
+
+def insert_linears(
+    model: nn.Module,
+    config: checkpoint.QuantizationConfig,
+    stored: Mapping[str, files.StoredTensor],
+    dynamic_fallback: bool | None,
+) -> dict[str, tuple[nn.Linear, QuarkLinear]]:
+    """Replace the Linears that a checkpoint quantizes, on the meta device; what was replaced by what, by name.
+
+    Args:
+        model: the float model.
+        config: what is quantized how.
+        stored: the checkpoint's tensors by canonical name.
+        dynamic_fallback: as in :func:`load`; ``None`` for a float checkpoint.
+
+    Raises:
+        ConfigError: no scheme for a layer's spec, or no layer to quantize.
+        CheckpointError: a layer's static activation scale is not there.
+        ShapeError: a layer's sizes do not fit its scheme.
+    """
+
+    def spec_for(name: str) -> LinearSpec | None:
+        spec = config.spec_for(name)
+        return None if spec is None else _calibrated(name, spec, stored, dynamic_fallback)
+
+    linears = quantized_linears(model, spec_for, model.dtype)  # type: ignore[arg-type]
+    replace_linears(model, linears)
+    return linears
+
+
+def finish(model: nn.Module, emulation: str) -> None:
+    """What is left to do to the quantized Linears once their tensors are loaded.
+
+    Raises:
+        CheckpointError: a layer's numbers are damaged.
+    """
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    packed = sum(p.nbytes for m in quantized.values() for p in m.parameters())
+    for name, module in quantized.items():
+        with naming(name):
+            module.scheme.process_weights_after_loading(module)
+        module.scheme.adapt_to(module, current(module.weight.device.type).arch)
+        if emulation == AT_LOAD:
+            module.dequantize_()
+    if emulation == AT_LOAD:
+        floats = sum(p.nbytes for m in quantized.values() for p in m.parameters())
+        log.warning(
+            "%d Linears were dequantized at load: %.1f MB instead of %.1f MB, and no kernel for them",
+            len(quantized),
+            floats / 1e6,
+            packed / 1e6,
+        )
+
+
+def _calibrated(
+    name: str, spec: LinearSpec, stored: Mapping[str, files.StoredTensor], dynamic_fallback: bool | None
+) -> LinearSpec:
+    """The spec of a layer, its input made dynamic if its stored scale is missing and ``dynamic_fallback`` says so."""
+    x = spec.input
+    if x is None or (x.is_dynamic and (x.second is None or x.second.is_dynamic)):
+        return spec
+    if dynamic_fallback is None:
+        raise ConfigError(
+            f"{name}: [{spec}] has static activation scales, which need calibration: load the float model with "
+            "transformers and call quark_inductor.quantize_(model, scheme, calibration=...)"
+        )
+    scale = f"{name}.input_scale" if x.second is None else f"{name}.input_scale_2"
+    if scale in stored:
+        return spec
+    if not dynamic_fallback:
+        raise CheckpointError(
+            f"{scale} is missing: the config says that activations have static scales, but they were never calibrated "
+            "(amd-quark's direct_quantize_checkpoint does not). Quantize the model with calibration data, or "
+            "pass dynamic_fallback=True to compute them at run time"
+        )
+    log.warning("%s is missing: it is computed at run time", scale)
+    second = None if x.second is None else dataclasses.replace(x.second, is_dynamic=True)
+    return dataclasses.replace(spec, input=dataclasses.replace(x, is_dynamic=True, second=second))
 
 
 def _directory(path: str | Path) -> Path:
@@ -82,7 +203,8 @@ def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[Any, torch
     path = directory / files.CONFIG
     with _refused_by_transformers(f"read {path}"):
         config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     stored_dtype = config.dtype
     if not isinstance(stored_dtype, torch.dtype):
         raise ConfigError(f"{path}: dtype is {stored_dtype!r}, expected one such as 'bfloat16'")
@@ -114,9 +236,9 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def quantized_linears(
-    model: nn.Module, config: checkpoint.QuantizationConfig, dtype: torch.dtype
+    model: nn.Module, spec_for: Callable[[str], LinearSpec | None], dtype: torch.dtype
 ) -> dict[str, tuple[nn.Linear, QuarkLinear]]:
-    """What replaces each Linear that the config quantizes, by name; the new ones are without memory (meta device).
+    """What replaces each Linear that has a spec, by name; the new ones are without memory (meta device).
 
     Raises:
         ConfigError: no scheme for a layer's spec, or no layer to quantize.
@@ -125,7 +247,7 @@ def quantized_linears(
     found: dict[str, tuple[nn.Linear, QuarkLinear]] = {}
     shared: dict[int, QuarkLinear] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        spec = config.spec_for(name) if type(module) is nn.Linear else None
+        spec = spec_for(name) if type(module) is nn.Linear else None
         if spec is None:
             continue
         assert isinstance(module, nn.Linear)
@@ -155,37 +277,100 @@ def replace_linears(model: nn.Module, linears: Mapping[str, tuple[nn.Linear, Qua
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _fill(
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accounting:
+    """Every tensor of a checkpoint has its place in the model, and every place its tensor.
+
+    Attributes:
+        targets: what each stored tensor becomes, without memory: shape and dtype.
+        zero_points: names of zero points the checkpoint leaves out: all are 0.
+    """
+
+    targets: Mapping[str, Tensor]
+    zero_points: tuple[str, ...]
+
+
+def account(
     model: nn.Module,
-    stored: dict[str, files.StoredTensor],
-    device: torch.device,
+    stored: Mapping[str, files.StoredTensor],
     stored_dtype: torch.dtype,
     strict: bool,
-) -> None:
-    from rich.progress import track
+    online: Mapping[str, QuarkLinear] | None = None,
+) -> Accounting:
+    """Compare a checkpoint's headers with a model on the meta device.
 
+    Args:
+        model: with its quantized Linears in place.
+        stored: the checkpoint's tensors by canonical name.
+        stored_dtype: dtype of the checkpoint's float tensors.
+        strict: a tensor the model has no place for is an error; if false it is logged.
+        online: Linears by the name of the float weight they are quantized from.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of the wrong shape or dtype.
+    """
     persistent = model.state_dict(keep_vars=True)
     targets: dict[str, Tensor] = {n: t for n, t in persistent.items() if isinstance(t, Tensor)}
+    for name, linear in (online or {}).items():
+        for parameter in linear.scheme.weight_tensors(linear.logical_widths, linear.in_features, linear.params_dtype):
+            del targets[f"{name.removesuffix('weight')}{parameter}"]
+        targets[name] = torch.empty(linear.out_features, linear.in_features, dtype=linear.params_dtype, device="meta")
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    unexpected = sorted(set(stored) - set(targets))
-    if unexpected:
+    if unexpected := sorted(set(stored) - set(targets)):
         message = (
-            f"{len(unexpected)} tensors of the checkpoint have no place in the model, the first is {unexpected[0]}; "
-            "pass strict=False to leave them out"
+            f"{len(unexpected)} tensors of the checkpoint have no place in the model, the first is {unexpected[0]}"
+            + ("; mixtures of experts are not supported yet" if ".experts." in unexpected[0] else "")
+            + "; pass strict=False to leave them out"
         )
         if strict:
             raise CheckpointError(message)
         log.warning(message)
-    if missing := sorted(n for n in set(targets) - set(stored) if n not in tied):
-        raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}")
-    names = sorted(set(stored) & set(targets))
-    for name in names:
-        dtype = targets[name].dtype
-        _check(name, stored[name], targets[name], stored_dtype if dtype == model.dtype else dtype)
+    scales, zero_points = _scales_and_zero_points(model)
+    if missing := sorted(n for n in set(targets) - set(stored) - zero_points if n not in tied):
+        hint = (
+            "; amd-quark's direct_quantize_checkpoint leaves it out and packs the weight in another order than its "
+            "config says: export the model with export_safetensors"
+        )
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}"
+            + (hint if missing[0].endswith("weight_zero_point") else "")
+        )
+    found = {}
+    for name in sorted(set(stored) & set(targets)):
+        target = targets[name]
+        _check(name, stored[name], target, stored_dtype if target.dtype == model.dtype else None, scales)
+        # Scales that were computed in float32 stay so.
+        exact = name in scales and stored[name].dtype == torch.float32 != stored_dtype
+        found[name] = target.to(torch.float32) if exact else target
+    return Accounting(found, tuple(sorted(zero_points & set(targets) - set(stored))))
 
-    for name in track(names, "Loading", transient=True, console=_console()):
-        tensor = files.read_tensor(stored[name], name)
-        _assign(model, name, tensor.to(device=device, dtype=targets[name].dtype))
+
+def _fill(
+    model: nn.Module,
+    stored: Mapping[str, files.StoredTensor],
+    device: torch.device,
+    stored_dtype: torch.dtype,
+    strict: bool,
+    online: Mapping[str, QuarkLinear],
+) -> None:
+    from rich.progress import track
+
+    accounting = account(model, stored, stored_dtype, strict, online)
+    for name in track(list(accounting.targets), "Loading", transient=True, console=_console()):
+        target = accounting.targets[name]
+        tensor = files.read_tensor(stored[name]).reshape(target.shape).to(device=device, dtype=target.dtype)
+        owner, _, parameter = name.rpartition(".")
+        quantized = isinstance(model.get_submodule(owner), QuarkLinear) and parameter != "bias" and name not in online
+        # Those of a quantized Linear are looked at when all of them are there.
+        if not quantized and not tensor.isfinite().all():
+            raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
+        if name in online:
+            set_parameters(online[name], **online[name].scheme.quantize_weight(tensor))
+            _return_freed_memory()
+        else:
+            assign(model, name, tensor)
+    fill_zero_points(model, accounting, device)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name in tied:
         if name in stored and not torch.equal(model.get_parameter(name), model.get_parameter(tied[name])):
             raise CheckpointError(f"{name} and {tied[name]} are one tensor in the model, but two in the checkpoint")
@@ -193,7 +378,21 @@ def _fill(
         model.tie_weights()  # type: ignore[operator]
     for name, buffer in model.named_buffers():
         if buffer.device != device:
-            _assign(model, name, buffer.to(device))
+            assign(model, name, buffer.to(device))
+
+
+def _return_freed_memory() -> None:
+    # What quantizing a weight allocates and frees leaves glibc's heap in pieces, until it is as large as the float
+    # model. Other C libraries have no such function, nor need it.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def fill_zero_points(model: nn.Module, accounting: Accounting, device: torch.device | None = None) -> None:
+    """Give the zero points that a checkpoint leaves out their value, 0."""
+    for name in accounting.zero_points:
+        zero_point = model.get_parameter(name)
+        assign(model, name, torch.zeros_like(zero_point, device=device or zero_point.device))
 
 
 def _console() -> Any:
@@ -204,14 +403,42 @@ def _console() -> Any:
     return console
 
 
-def _check(name: str, stored: files.StoredTensor, target: Tensor, expected: torch.dtype) -> None:
-    if stored.shape != tuple(target.shape):
+def _scales_and_zero_points(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of the floating-point scales, and of the zero points that a checkpoint may leave out: all are 0."""
+    scales, zero_points = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuarkLinear):
+            spec = module.scheme.spec
+            for parameter, p in module.named_parameters(recurse=False):
+                tensor = spec.input if parameter.startswith("input_") else spec.weight
+                if "_scale" in parameter and p.is_floating_point() and p.dtype.itemsize > 1:
+                    scales.add(f"{name}.{parameter}")
+                # A file without those of 4-bit integers is packed in another order than its config says: amd-quark's
+                # direct_quantize_checkpoint (file2file_quantization.py) writes such.
+                elif (
+                    "_zero_point" in parameter
+                    and tensor is not None
+                    and tensor.symmetric
+                    and "int4" not in tensor.dtype
+                ):
+                    zero_points.add(f"{name}.{parameter}")
+    return scales, zero_points
+
+
+def _check(
+    name: str, stored: files.StoredTensor, target: Tensor, model_dtype: torch.dtype | None, scales: set[str]
+) -> None:
+    # amd-quark before 1.0 wrote per-tensor scales as [1].
+    if stored.shape != tuple(target.shape) and not (stored.shape == (1,) and target.shape == () and name in scales):
         raise CheckpointError(f"{name} has shape {list(stored.shape)}, expected {list(target.shape)}")
-    if stored.dtype != expected:
-        raise CheckpointError(f"{name} has dtype {dtype_name(stored.dtype)}, expected {dtype_name(expected)}")
+    expected = {model_dtype or target.dtype} | ({torch.float32} if name in scales else set())
+    if stored.dtype not in expected:
+        wanted = " or ".join(sorted(map(dtype_name, expected)))
+        raise CheckpointError(f"{name} has dtype {dtype_name(stored.dtype)}, expected {wanted}")
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer of this name is."""
     parent, _, attribute = name.rpartition(".")
     module = model.get_submodule(parent)
     if attribute in module._parameters:

@@ -1,41 +1,45 @@
-"""A float model into a quantized one, in place, for schemes whose activations need no calibration."""
+"""A float model into a quantized one, in place."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from quark_inductor.checkpoint import QuantizationConfig
-from quark_inductor.loading import quantized_linears, replace_linears
-from quark_inductor.schemes.base import set_parameters
+from quark_inductor.checkpoint import from_presets
+from quark_inductor.loading import naming, quantized_linears, replace_linears
+from quark_inductor.schemes.base import QuarkLinear, set_parameters
 from quark_inductor.schemes.errors import ConfigError
-from quark_inductor.schemes.spec import PRESETS, LinearSpec
 
 
 def quantize_(
-    model: nn.Module, scheme: str | Mapping[str, str], exclude: str | Sequence[str] = ("lm_head",)
+    model: nn.Module,
+    scheme: str | Mapping[str, str],
+    exclude: str | Sequence[str] = ("lm_head",),
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Quantize a model's Linears in place, with amd-quark's numbers.
 
     Args:
         model: a float model with its weights; every ``nn.Linear`` in it is a candidate.
-        scheme: a scheme's name (``"mxfp4"``, ``"ptpc_fp8"``, ``"fp8_dynamic"``), or a dict of fnmatch patterns on
-        module
+        scheme: a scheme's name (``"mxfp4"``, ``"ptpc_fp8"``, ``"nvfp4"``, ...), or a dict of fnmatch patterns on module
             names to scheme names: the first that matches wins, a Linear that none matches stays as it is.
         exclude: fnmatch patterns (or ``re:`` and a regular expression) of Linears that stay as they are.
+        calibration: inputs of the model, for schemes with static activation scales: a tensor (token ids), or a mapping
+            of keyword arguments, each. The float model runs on all of them; the smallest and largest value each Linear
+            gets make its scales. NVFP4's global weight scale is shared by calibrated Linears that read one activation.
 
     Returns:
         The model, in eval mode; none of its parameters wants a gradient any more.
 
     Raises:
-        ConfigError: an unknown scheme, or one whose activation scales must be calibrated; nothing to quantize.
+        ConfigError: an unknown scheme, or one that must be calibrated without data; nothing to quantize; a NaN or an
+            infinity in a weight or in what the calibration data gives.
         ShapeError: a layer's sizes do not fit the scheme; exclude it.
     """
-    exclude = (exclude,) if isinstance(exclude, str) else exclude
-    if isinstance(scheme, str):
-        config = QuantizationConfig(default=_preset(scheme), exclude=tuple(exclude))
-    else:
-        by_pattern = {pattern: _preset(name) for pattern, name in scheme.items()}
-        config = QuantizationConfig(default=None, by_pattern=by_pattern, exclude=tuple(exclude))
+    config = from_presets(scheme, exclude)
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     dtypes = {m.weight.dtype for m in linears}
     if len(dtypes) != 1:
@@ -43,24 +47,110 @@ def quantize_(
             f"the model's Linears have {len(dtypes)} dtypes ({dtypes}), expected one: cast the model first"
         )
     # Every layer is checked before the first is changed: an error leaves the model as it was.
-    planned = quantized_linears(model, config, dtypes.pop())
+    planned = quantized_linears(model, config.spec_for, dtypes.pop())
+    static = [n for n, (_, new) in planned.items() if _is_calibrated(new)]
+    if static and calibration is None:
+        raise ConfigError(
+            f"{static[0]}: [{planned[static[0]][1].scheme.spec}] has static activation scales, which need calibration: "
+            "pass calibration=, an iterable of inputs of the model"
+        )
     for name, (old, _) in planned.items():
         if not old.weight.isfinite().all():
             raise ConfigError(f"{name}: the weight holds a NaN or an infinity, which cannot be quantized")
+    seen = _run(model, {n: old for n, (old, _) in planned.items()}, calibration) if calibration is not None else {}
     del linears
     for name in list(planned):
         old, new = planned.pop(name)  # so that a float weight is freed as soon as it is quantized
         if new.weight.is_meta:
-            set_parameters(new, **new.scheme.quantize_weight(old.weight.data))
-            new.bias = old.bias
+            with naming(name):
+                _quantize(old, new, seen.get(name))
         replace_linears(model, {name: (old, new)})
     return model.requires_grad_(False).eval()
 
 
-def _preset(name: str) -> LinearSpec:
-    spec = PRESETS.get(name)
-    if spec is None:
-        raise ConfigError(f"there is no scheme {name!r}; expected one of {', '.join(PRESETS)}")
-    if spec.input is not None and not spec.input.is_dynamic:
-        raise ConfigError(f"{name!r} has static activation scales, which need calibration: export it with amd-quark")
-    return spec
+@dataclass(slots=True)
+class _Seen:
+    """What one Linear got: the range of its inputs, and the largest weight among those that got the same ones."""
+
+    amin: Tensor
+    amax: Tensor
+    weight_amax: Tensor
+
+
+def _quantize(old: nn.Linear, new: QuarkLinear, seen: _Seen | None) -> None:
+    scheme = new.scheme
+    weight = old.weight.data
+    if seen is None or scheme.input is None or not _is_calibrated(new):
+        tensors = scheme.quantize_weight(weight)
+    else:
+        tensors = scheme.quantize_shared_weight(weight, seen.weight_amax)
+        tensors = {**tensors, **scheme.input.calibrated(seen.amin, seen.amax)}
+    set_parameters(new, **tensors)
+    new.bias = old.bias
+    scheme.process_weights_after_loading(new)
+
+
+def _is_calibrated(linear: QuarkLinear) -> bool:
+    """Whether parameters of the input's quantizer are stored."""
+    return linear.scheme.input is not None and bool(linear.scheme.input.tensors(linear.params_dtype))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterable[Any]) -> dict[str, _Seen]:
+    """Run the float model; what each Linear saw.
+
+    Raises:
+        ConfigError: no data; a Linear that saw none, or something that is not finite.
+    """
+    seen: dict[str, _Seen] = {}
+    last: tuple[Tensor | None, list[str]] = None, []
+    groups: dict[str, set[str]] = {name: {name} for name in linears}
+
+    def observe(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal last
+            x = args[0]
+            # Linears that read one activation are called one after the other with the same tensor.
+            if last[0] is x:
+                for other in last[1]:
+                    groups[name] |= groups[other]
+                for other in groups[name]:
+                    groups[other] = groups[name]
+                last[1].append(name)
+            else:
+                last = x, [name]
+            amin, amax = x.aminmax()
+            if name in seen:
+                amin, amax = torch.minimum(amin, seen[name].amin), torch.maximum(amax, seen[name].amax)
+            seen[name] = _Seen(amin, amax, linears[name].weight.abs().amax())
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, linear in linears.items():
+            stack.callback(linear.register_forward_pre_hook(observe(name)).remove)
+        with _evaluating(model):
+            for inputs in calibration:
+                if isinstance(inputs, Mapping):
+                    model(**inputs)
+                else:
+                    model(inputs)
+    for name in linears:
+        if name not in seen:
+            raise ConfigError(f"{name}: the calibration data never reached it; exclude it, or calibrate with more")
+        if not (seen[name].amin.isfinite() and seen[name].amax.isfinite()):
+            raise ConfigError(f"{name}: its input was not finite for some of the calibration data")
+    for name, group in groups.items():
+        seen[name].weight_amax = torch.stack([linears[n].weight.abs().amax() for n in group]).amax()
+    return seen
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was.items():
+            module.training = training

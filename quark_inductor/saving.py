@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from quark_inductor import checkpoint, files
-from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.base import AT_LOAD, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.ops import dtype_name
 
@@ -25,7 +25,13 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     from huggingface_hub import save_torch_state_dict
 
-    quantized = {n: m.scheme.spec for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    for name, linear in linears.items():
+        if linear.emulation == AT_LOAD:
+            raise ConfigError(f"{name} was dequantized at load and has no codes: load it with emulation='per_call'")
+        if len(linear.logical_widths) > 1:
+            raise ConfigError(f"{name} was fused from {len(linear.logical_widths)} Linears; save the model before")
+    quantized = {n: m.scheme.spec for n, m in linears.items()}
     if not quantized:
         raise ConfigError("the model has no quantized Linear; save it with save_pretrained")
     directory = Path(path)
@@ -35,7 +41,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
-    floats = {t.dtype for t in state.values() if t.is_floating_point() and t.dtype.itemsize > 1}
+    scales = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters(recurse=False) if "_scale" in p}
+    floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:
         raise ConfigError(f"the model's float tensors have {len(floats)} dtypes ({floats}), expected one")
     save_torch_state_dict(state, directory, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})

@@ -23,18 +23,19 @@ def table() -> str:
     """Markdown: a row for each scheme name, a column for each target.
 
     A cell says *tested* where a kernel runs in the tests, *compiled only* where one is made and was never run, and
-    *not yet* where no provider has one and the emulation is what Inductor compiles.
+    *emulated* where no provider has one yet and the emulation is what Inductor compiles.
     """
     lines = [
         "| scheme | " + " | ".join(title for title, _, _ in TARGETS) + " |",
         "|---|" + "---|" * len(TARGETS),
     ]
     for name, spec in PRESETS.items():
-        problem = GemmProblem(op=scheme_for(spec).fused_op, m=None, n=4096, k=4096, dtype="bfloat16")
+        op = scheme_for(spec).fused_op
         cells = []
         for _, target, tested in TARGETS:
-            provider = select(target, problem).provider
-            cells.append("not yet" if provider is None else "tested" if tested else "compiled only")
+            problem = GemmProblem(op=op or "", m=None, n=4096, k=4096, dtype="bfloat16")
+            provider = None if op is None else select(target, problem).provider
+            cells.append("emulated" if provider is None else "tested" if tested else "compiled only")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quark_inductor.schemes.errors import TrainingError
-from quark_inductor.schemes.numerics import fp8, mx
+from quark_inductor.schemes.numerics import block, fp8
 
 NAMESPACE = "quark_inductor"
+# CUDA compute capability times ten from which hardware kernels of a fused op exist; below it the emulation runs.
+MIN_CAPABILITY = {"block_gemm": 70, "block_prologue_gemm": 70, "fp8_gemm": 89, "fp8_prologue_gemm": 89}
 lib = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -33,20 +35,29 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def mx_quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
-    """Quantize to a block format: ``x [..., K] -> (codes [..., K/2] uint8, scales [..., K/32] uint8 E8M0)``.
+def block_quantize(
+    x: Tensor, format: str, scale_rule: str, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize to a block format: ``x [..., K] -> (codes [..., packed(K)], scales [..., K / B])``.
 
-    See :func:`quark_inductor.schemes.numerics.mx.quantize`.
+    See :func:`quark_inductor.schemes.numerics.block.quantize`.
     """
-    return mx.quantize(x, format, scale_rule)
+    return block.quantize(x, format, scale_rule, global_scale)
 
 
-def mx_dequantize(codes: Tensor, scales: Tensor, format: str, out_dtype: str) -> Tensor:
-    """The values of a block format, ``[..., K]``. See :func:`quark_inductor.schemes.numerics.mx.dequantize`."""
-    return mx.dequantize_by_table(codes, scales, format, dtype_of(out_dtype))
+def block_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    out_dtype: str,
+    global_scale: Tensor | None = None,
+    zero_scale: float = 0.0,
+) -> Tensor:
+    """The values of a block format, ``[..., K]``. See :func:`quark_inductor.schemes.numerics.block.dequantize`."""
+    return block.dequantize_by_table(codes, scales, format, dtype_of(out_dtype), global_scale, zero_scale)
 
 
-def mx_gemm(
+def block_gemm(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
@@ -61,13 +72,13 @@ def mx_gemm(
     ``x`` is uint8 ``[M, K/2]`` with E8M0 ``x_scale [M, K/32]``, ``weight`` uint8 ``[N, K/2]`` with ``weight_scale [N,
     K/32]``. This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
     """
-    dequantize = torch.ops.quark_inductor.mx_dequantize
+    dequantize = torch.ops.quark_inductor.block_dequantize
     return F.linear(
         dequantize(x, x_scale, x_format, out_dtype), dequantize(weight, weight_scale, weight_format, out_dtype), bias
     )
 
 
-def mx_prologue_gemm(
+def block_prologue_gemm(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -76,9 +87,9 @@ def mx_prologue_gemm(
     scale_rule: str,
     weight_format: str,
 ) -> Tensor:
-    """:func:`mx_gemm` of ``mx_quantize(x)``: a GEMM on a float activation ``[M, K]`` that quantizes in its prologue."""
-    codes, scales = mx.quantize(x, x_format, scale_rule)
-    return mx_gemm(codes, scales, weight, weight_scale, bias, x_format, weight_format, dtype_name(x.dtype))
+    """:func:`block_gemm` of ``block_quantize(x)``: the GEMM quantizes the float ``x [M, K]`` in its prologue."""
+    codes, scales = block.quantize(x, x_format, scale_rule)
+    return block_gemm(codes, scales, weight, weight_scale, bias, x_format, weight_format, dtype_name(x.dtype))
 
 
 def fp8_gemm(
@@ -106,19 +117,29 @@ def fp8_prologue_gemm(
     return fp8_gemm(fp8.quantize(x, scale), scale, weight, weight_scale, bias, dtype_name(x.dtype))
 
 
-def _fake_mx_quantize(x: Tensor, format: str, scale_rule: str) -> tuple[Tensor, Tensor]:
-    mx.check_names(format, scale_rule=scale_rule)
+def _fake_block_quantize(
+    x: Tensor, format: str, scale_rule: str, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    f = block.check(format, scale_rule=scale_rule, global_scale=global_scale)
     *rows, k = x.shape
-    torch._check(k % mx.BLOCK == 0, lambda: f"mx_quantize: K = {k} is not a multiple of {mx.BLOCK}")
-    return x.new_empty((*rows, k // 2), dtype=torch.uint8), x.new_empty((*rows, k // mx.BLOCK), dtype=torch.uint8)
+    torch._check(k % f.size == 0, lambda: f"block_quantize: K = {k} is not a multiple of {f.size}")
+    codes = x.new_empty((*rows, f.packed(k)), dtype=f.codes_dtype)
+    return codes, x.new_empty((*rows, k // f.size), dtype=f.scales_dtype)
 
 
-def _fake_mx_dequantize(codes: Tensor, scales: Tensor, format: str, out_dtype: str) -> Tensor:
-    mx.check_names(format)
-    return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 2), dtype=dtype_of(out_dtype))
+def _fake_block_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    out_dtype: str,
+    global_scale: Tensor | None = None,
+    zero_scale: float = 0.0,
+) -> Tensor:
+    f = block.check(format, global_scale=global_scale)
+    return codes.new_empty((*codes.shape[:-1], f.unpacked(codes.shape[-1])), dtype=dtype_of(out_dtype))
 
 
-def _fake_mx_gemm(
+def _fake_block_gemm(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
@@ -128,11 +149,12 @@ def _fake_mx_gemm(
     weight_format: str,
     out_dtype: str,
 ) -> Tensor:
-    mx.check_names(x_format, weight_format)
+    block.check(x_format)
+    block.check(weight_format)
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
 
 
-def _fake_mx_prologue_gemm(
+def _fake_block_prologue_gemm(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -141,7 +163,8 @@ def _fake_mx_prologue_gemm(
     scale_rule: str,
     weight_format: str,
 ) -> Tensor:
-    mx.check_names(x_format, weight_format, scale_rule=scale_rule)
+    block.check(x_format, scale_rule=scale_rule)
+    block.check(weight_format)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -165,23 +188,28 @@ def _register(schema: str, eager: Callable[..., object], fake: Callable[..., obj
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
 
 
-_register("mx_quantize(Tensor x, str format, str scale_rule) -> (Tensor, Tensor)", mx_quantize, _fake_mx_quantize)
 _register(
-    "mx_dequantize(Tensor codes, Tensor scales, str format, str out_dtype) -> Tensor",
-    mx_dequantize,
-    _fake_mx_dequantize,
+    "block_quantize(Tensor x, str format, str scale_rule, Tensor? global_scale=None) -> (Tensor, Tensor)",
+    block_quantize,
+    _fake_block_quantize,
 )
 _register(
-    "mx_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, "
+    "block_dequantize(Tensor codes, Tensor scales, str format, str out_dtype, Tensor? global_scale=None, "
+    "float zero_scale=0.0) -> Tensor",
+    block_dequantize,
+    _fake_block_dequantize,
+)
+_register(
+    "block_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, "
     "str weight_format, str out_dtype) -> Tensor",
-    mx_gemm,
-    _fake_mx_gemm,
+    block_gemm,
+    _fake_block_gemm,
 )
 _register(
-    "mx_prologue_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, str scale_rule, "
+    "block_prologue_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, str scale_rule, "
     "str weight_format) -> Tensor",
-    mx_prologue_gemm,
-    _fake_mx_prologue_gemm,
+    block_prologue_gemm,
+    _fake_block_prologue_gemm,
 )
 _register(
     "fp8_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str out_dtype) -> Tensor",
@@ -198,7 +226,7 @@ _register(
 
 def _refuse_gradient(ctx: object, *grads: object) -> None:
     raise TrainingError(
-        "a gradient was asked through quark_inductor::mx_quantize, whose result is integer codes: it has none. "
+        "a gradient was asked through quark_inductor::block_quantize, whose result is integer codes: it has none. "
         "Quantized Linears are for inference: call the model under torch.no_grad() or torch.inference_mode(), "
         "or detach() what goes into them"
     )
@@ -211,5 +239,5 @@ def _needs_no_gradient(ctx: object, inputs: tuple[object, ...], output: object) 
 
 # Without this a gradient through the integer codes is cut silently.
 torch.library.register_autograd(
-    f"{NAMESPACE}::mx_quantize", _refuse_gradient, setup_context=_needs_no_gradient, lib=lib
+    f"{NAMESPACE}::block_quantize", _refuse_gradient, setup_context=_needs_no_gradient, lib=lib
 )

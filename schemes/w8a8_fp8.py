@@ -1,35 +1,42 @@
-"""FP8 E4M3 weights and activations: amd-quark's schemes ``fp8`` and ``ptpc_fp8``, and ``fp8_dynamic``."""
+"""FP8 weights with FP8 activations or none: amd-quark's ``fp8``, ``ptpc_fp8``, block-wise FP8, and their variants."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quark_inductor.schemes import ops
+from quark_inductor.schemes.activations import Fp8Activation
 from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
-from quark_inductor.schemes.errors import CheckpointError
+from quark_inductor.schemes.errors import ShapeError
 from quark_inductor.schemes.numerics import fp8
-from quark_inductor.schemes.spec import PRESETS, LinearSpec
+from quark_inductor.schemes.spec import LinearSpec
 
 
 @register_scheme
 class QuarkW8A8Fp8(QuarkScheme):
-    """``weight`` float8_e4m3fn ``[N, K]``, ``weight_scale`` ``[]`` or ``[N]``, ``input_scale`` ``[]`` if static.
+    """``weight`` E4M3 or E5M2 ``[N, K]``, ``weight_scale`` ``[]``, ``[N]`` or, by blocks R x C, ``[N/R, K/C]``.
 
-    Scales are multipliers in the model's dtype. Per token means one scale a row of the flattened ``[tokens, K]``
-    input, as vLLM runs it; amd-quark's own emulation takes one scale per index of dimension 1, which is the same for a
-    3-D input of batch 1 only. Source: amd-quark 0.13 (``hw_emulation_interface.py: fake_quantize_fp8_*``).
+    The activation is static per tensor (``input_scale []``), dynamic per tensor, per token or by groups along K, or not
+    quantized. Scales are multipliers in the model's dtype (float32 where the spec or the file says so). Source:
+    amd-quark 0.13 (``hw_emulation_interface.py: fake_quantize_fp8_*, dequantize_fp8_*``).
     """
 
     name = "w8a8_fp8"
-    fused_op = "fp8_prologue_gemm"
 
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
-        """Takes exactly the specs of the scheme names ``fp8``, ``fp8_dynamic`` and ``ptpc_fp8``."""
-        taken = [PRESETS[p] for p in ("fp8", "fp8_dynamic", "ptpc_fp8")]
-        return None if spec in taken else "takes only " + " or ".join(f"[{s}]" for s in taken)
+        """FP8 weights per tensor, channel or block."""
+        w = spec.weight
+        if w is None or w.dtype not in fp8.DTYPES or w.second is not None or w.scale_format is not None:
+            return "takes FP8 weights with floating-point scales"
+        if w.qscheme not in ("per_tensor", "per_channel", "per_block") or w.is_dynamic:
+            return "takes static weights per tensor, per channel or per block"
+        if spec.input is not None and (reason := Fp8Activation.refuses(spec.input)):
+            return f"its input {reason}"
+        if spec.input is not None and spec.input.dtype != w.dtype:
+            return "takes one FP8 format for weight and input"
+        return None
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -37,52 +44,67 @@ class QuarkW8A8Fp8(QuarkScheme):
         return 89
 
     @property
-    def input_granularity(self) -> str:
-        """What shares an activation scale: ``"static"``, ``"per_tensor"`` or ``"per_token"``."""
-        assert self.spec.input is not None
-        if not self.spec.input.is_dynamic:
-            return "static"
-        return "per_token" if self.spec.input.qscheme == "per_channel" else "per_tensor"
+    def fused_op(self) -> str | None:
+        """A GEMM that quantizes its activation: E4M3, without groups or blocks."""
+        w, x = self.spec.weight, self.spec.input
+        assert w is not None
+        plain = w.qscheme != "per_block" and x is not None and x.qscheme != "per_group"
+        return "fp8_prologue_gemm" if plain and w.dtype == "fp8_e4m3" else None
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        *,
-        output_partition_sizes: list[int],
-        input_size_per_partition: int,
-        params_dtype: torch.dtype,
-    ) -> None:
-        """See :class:`QuarkScheme`. Any size."""
-        n = sum(output_partition_sizes)
-        per_channel = self.spec.weight.qscheme == "per_channel"
-        set_parameters(
-            layer,
-            weight=torch.empty(n, input_size_per_partition, dtype=fp8.DTYPE),
-            weight_scale=torch.empty((n,) if per_channel else (), dtype=params_dtype),
-        )
-        if self.input_granularity == "static":
-            set_parameters(layer, input_scale=torch.empty((), dtype=params_dtype))
+    def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Any size. A per-tensor scale has one entry a shard if shards are fused; blocks may not cross shards."""
+        w, n = self.spec.weight, sum(widths)
+        assert w is not None
+        if w.block_size is not None:
+            rows, columns = w.block_size
+            if any(width % rows for width in widths[:-1]):
+                raise ShapeError(f"shards of {widths} output features cannot be fused: blocks have {rows} rows")
+            shape = [sum(-(-width // rows) for width in widths), -(-k // columns)]
+        else:
+            shape = [n] if w.qscheme == "per_channel" else [len(widths)] * (len(widths) > 1)
+        dtype = torch.float32 if w.scale_type == "float32" else params_dtype
+        return {"weight": torch.empty(n, k, dtype=fp8.DTYPES[w.dtype]), "weight_scale": torch.empty(shape, dtype=dtype)}
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check the numbers. The checkpoint's layout is what the emulation and the kernels read."""
-        for name, p in layer.named_parameters(recurse=False):
-            if name == "bias":
-                continue
-            # The codes 0x7f and 0xff are NaN; isfinite() does not take FP8.
-            bad = (p.view(torch.uint8) & 0x7F) == 0x7F if p.dtype == fp8.DTYPE else ~p.isfinite()
-            if bad.any():
-                raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
-            if p.dtype != fp8.DTYPE and (p <= 0).any():
-                raise CheckpointError(f"{name} holds a scale that is not positive: the checkpoint is damaged")
+    def merge_shards(self, layer: Any) -> None:
+        """Per tensor: the weights are quantized again with the largest scale, as vLLM does it."""
+        if layer.weight_scale.ndim != 1 or len(layer.weight_scale) != len(layer.logical_widths):
+            return
+        largest = layer.weight_scale.amax()
+        shards = [
+            codes
+            if scale == largest
+            else fp8.quantize(fp8.dequantize_weight(codes, scale, torch.float32), largest.float(), codes.dtype)
+            for codes, scale in zip(layer.weight.split(layer.logical_widths), layer.weight_scale, strict=True)
+        ]
+        set_parameters(layer, weight=torch.cat(shards), weight_scale=largest)
 
-    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See :class:`QuarkScheme`."""
-        granularity = self.input_granularity
-        scale = layer.input_scale if granularity == "static" else fp8.dynamic_scale(x, granularity)
-        codes = fp8.quantize(x, scale)
-        return ops.fp8_gemm(codes, scale, layer.weight, layer.weight_scale, bias, ops.dtype_name(x.dtype))
+    def adapt_to(self, layer: Any, arch: str) -> None:
+        """For the matrix cores of gfx94x: E4M3 codes as "fnuz" codes of half the value, and scales twice as large.
+
+        Dynamic activations are then scaled to 224.
+        """
+        if not arch.startswith("gfx94") or layer.weight.dtype != torch.float8_e4m3fn:
+            return
+        layer.is_fnuz = True
+        set_parameters(layer, weight=fp8.to_fnuz(layer.weight.data), weight_scale=layer.weight_scale.data * 2)
+        if "input_scale" in layer._parameters:
+            set_parameters(layer, input_scale=layer.input_scale.data * 2)
+
+    def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        """``code * scale`` in float32, then one cast."""
+        assert self.spec.weight is not None
+        return fp8.dequantize_weight(layer.weight, layer.weight_scale, dtype, self.spec.weight.block_size)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """``scale = amax / 448`` per tensor or per row, codes rounded half to even, all in the dtype of ``weight``."""
-        scale = fp8.dynamic_scale(weight, self.spec.weight.qscheme)
-        return {"weight": fp8.quantize(weight, scale), "weight_scale": scale.squeeze(-1)}
+        """``scale = amax / 448`` (E5M2: 57344) per tensor, row or block, codes rounded half to even.
+
+        All in the dtype of ``weight``; blocks, and scales of type float32, in float32.
+        """
+        w = self.spec.weight
+        assert w is not None
+        dtype = fp8.DTYPES[w.dtype]
+        if w.block_size is not None:
+            codes, scales = fp8.quantize_blocks(weight, w.block_size, dtype)
+            return {"weight": codes, "weight_scale": scales}
+        scale = fp8.dynamic_scale(weight, w.qscheme, dtype, torch.float32 if w.scale_type == "float32" else None)
+        return {"weight": fp8.quantize(weight, scale, dtype), "weight_scale": scale.squeeze(-1)}

@@ -87,7 +87,7 @@ def is_hit(said: dict[str, Any]) -> bool:
     return hit
 
 
-KERNELS = {"quark.mx_prologue_gemm.cpp": 1}
+KERNELS = {"quark.block_prologue_gemm.cpp": 1}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("warm"))
     first = tree.run()
     assert not is_hit(first)
-    assert ["mx_gemm", 1] in first["passes"]
+    assert ["block_gemm", 1] in first["passes"]
     assert first["kernels"] == KERNELS
     assert first["ratio"] == pytest.approx(1.0, rel=1e-5)
     return tree
@@ -134,7 +134,7 @@ def test_other_options_are_another_graph(warm: Tree) -> None:
         ),
         # The rule: the weight's scales shrink by four before they are given to the kernel.
         (
-            "patterns/mx_prologue.py",
+            "patterns/block_prologue.py",
             "        return fused_call(",
             "        shift = match.graph.call_function(torch.ops.aten.sub.Tensor, (match.kwargs['weight_scale'], 2))\n"
             "        shift.meta = match.kwargs['weight_scale'].meta\n"
@@ -159,7 +159,7 @@ def test_a_changed_byte_is_a_miss(warm: Tree, tmp_path: Path) -> None:
     """Of a file of the schemes, where it changes nothing."""
     changed = Tree(tmp_path)
     changed.cache = warm.cache
-    changed.append("schemes/numerics/mx.py", "\n")
+    changed.append("schemes/numerics/block.py", "\n")
     assert not is_hit(changed.run())
 
 

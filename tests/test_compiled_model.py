@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import quark_inductor
 from quark_inductor.patterns.pipeline import collect_results
 from quark_inductor.schemes.base import QuarkLinear, replace_module
-from quark_inductor.schemes.numerics import fp8, mx
+from quark_inductor.schemes.numerics import block, fp8
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mxfp4", "fp8", "ptpc_fp8"]
@@ -84,9 +84,10 @@ def quantized(linear: QuarkLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of an activation."""
     x = x.reshape(-1, x.shape[-1])
     if linear.scheme.name == "w4a4_mxfp4":
-        return mx.quantize(x, "mxfp4", "even")
-    granularity = linear.scheme.input_granularity
-    scale = linear.input_scale if granularity == "static" else fp8.dynamic_scale(x, granularity)
+        return block.quantize(x, "mxfp4", "even")
+    spec = linear.scheme.spec.input
+    granularity = "per_token" if spec.qscheme == "per_channel" else "per_tensor"
+    scale = fp8.dynamic_scale(x, granularity) if spec.is_dynamic else linear.input_scale
     return fp8.quantize(x, scale).view(torch.uint8), scale
 
 
@@ -95,7 +96,7 @@ def operands(linear: QuarkLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     if linear.scheme.name == "w4a4_mxfp4":
         codes, scale = quantized(linear, x)
         unpacked = (
-            mx.dequantize(c, s, "mxfp4", torch.float64)
+            block.dequantize(c, s, "mxfp4", torch.float64)
             for c, s in ((codes, scale), (linear.weight, linear.weight_scale))
         )
         return next(unpacked), next(unpacked)
@@ -220,11 +221,11 @@ def compare(model: Any, ids: Tensor, stream: Stream, transparent: Transparent, c
 def assert_all_fused(results: list[Any], count: int = 14) -> None:
     (result,) = results
     assert result.unfused == ()
-    assert result.matches("mx_gemm") + result.matches("fp8_gemm") == count
-    assert result.matches("mx_prologue") + result.matches("fp8_prologue") == count
+    assert result.matches("block_gemm") + result.matches("fp8_gemm") == count
+    assert result.matches("block_prologue") + result.matches("fp8_prologue") == count
     kernels = {key: n for key, n in counters["inductor"].items() if key.startswith("quark.")}
     assert sum(kernels.values()) == count
-    assert set(kernels) <= {"quark.mx_prologue_gemm.cpp", "quark.fp8_prologue_gemm.cpp"}
+    assert set(kernels) <= {"quark.block_prologue_gemm.cpp", "quark.fp8_prologue_gemm.cpp"}
 
 
 # --- the tests

@@ -1,6 +1,7 @@
 """A new format from outside: a scheme, a rule and a provider, one class each, and everything else works by itself.
 
-The format is a toy: int8 weights with a scale of each output channel, and float activations. Its op's lowering is
+The format is a toy: "toy8" weights, which are int8 with a scale of each output channel but no zero point, and float
+activations. Its op's lowering is
 registered with a private function, for which there is no public name yet.
 """
 
@@ -34,11 +35,11 @@ from quark_inductor.patterns.base import (
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
 from quark_inductor.quantize import quantize_
 from quark_inductor.schemes import base, ops
-from quark_inductor.schemes.base import QuarkLinear, QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.base import QuarkLinear, QuarkScheme, register_scheme
 from quark_inductor.schemes.errors import NotFusedError
 from quark_inductor.schemes.spec import PRESETS, LinearSpec, TensorSpec
 
-SPEC = LinearSpec(weight=TensorSpec(dtype="int8", qscheme="per_channel"), input=None)
+SPEC = LinearSpec(weight=TensorSpec(dtype="toy8", qscheme="per_channel"), input=None)
 OP = "toy_int8_gemm"
 
 
@@ -47,7 +48,6 @@ OP = "toy_int8_gemm"
 
 class ToyScheme(QuarkScheme):
     name = "toy_int8"
-    fused_op = OP
 
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
@@ -57,23 +57,16 @@ class ToyScheme(QuarkScheme):
     def get_min_capability(cls) -> int:
         return 0
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        *,
-        output_partition_sizes: list[int],
-        input_size_per_partition: int,
-        params_dtype: torch.dtype,
-    ) -> None:
-        n = sum(output_partition_sizes)
-        weight = torch.empty(n, input_size_per_partition, dtype=torch.int8)
-        set_parameters(layer, weight=weight, weight_scale=torch.empty(n, dtype=params_dtype))
+    @property
+    def fused_op(self) -> str:
+        return OP
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        pass
+    def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
+        n = sum(widths)
+        return {"weight": torch.empty(n, k, dtype=torch.int8), "weight_scale": torch.empty(n, dtype=params_dtype)}
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        return toy_int8_gemm(x, layer.weight, layer.weight_scale, bias)
+    def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        return layer.weight.to(dtype) * layer.weight_scale.unsqueeze(-1)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         scale = weight.abs().amax(-1) / 127
@@ -220,7 +213,7 @@ def test_a_refusal_is_reported() -> None:
     """Everybody's reason, for the layer, in the order they were asked."""
     done = run(quantize_(Two(), "toy"), torch.randn(3, 64))
     reason = (
-        f"cpp: has no kernel for {OP}; it has fp8_gemm, fp8_prologue_gemm, mx_gemm, mx_prologue_gemm; "
+        f"cpp: has no kernel for {OP}; it has fp8_gemm, fp8_prologue_gemm, block_gemm, block_prologue_gemm; "
         "picky: N = 7, it likes only prime numbers; toy: K = 96 is more than 64"
     )
     (refusal,) = (r for p in done.result.passes for r in p.refusals)
@@ -249,5 +242,5 @@ def test_the_others_are_as_before() -> None:
     torch.manual_seed(0)
     model, x = quantize_(nn.Sequential(nn.Linear(64, 32)), "mxfp4"), torch.randn(3, 64)
     done = run(model, x)
-    assert done.kernels == {"quark.mx_prologue_gemm.cpp": 1}
+    assert done.kernels == {"quark.block_prologue_gemm.cpp": 1}
     torch.testing.assert_close(done.y, model(x))

@@ -5,10 +5,11 @@ from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
 from quark_inductor.lowering.target import Target
-from quark_inductor.schemes.numerics import mx
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
 FLOATS = ("bfloat16", "float16", "float32")
-OPS = ("fp8_gemm", "fp8_prologue_gemm", "mx_gemm", "mx_prologue_gemm")
+FORMATS = ("mxfp4",)
+OPS = ("fp8_gemm", "fp8_prologue_gemm", "block_gemm", "block_prologue_gemm")
 
 
 @register_provider
@@ -25,8 +26,11 @@ class Cpp(Provider):
             return No(f"has no kernel for {problem.op}; it has {', '.join(OPS)}")
         if problem.dtype not in FLOATS:
             return No(f"the result's dtype is {problem.dtype}; it makes {', '.join(FLOATS)}")
-        if problem.op.startswith("mx_") and problem.k % mx.BLOCK:
-            return No(f"K = {problem.k} is not a multiple of {mx.BLOCK}")
+        if problem.op.startswith("block_"):
+            if unknown := [f for f in problem.formats if f not in FORMATS]:
+                return No(f"has no kernel for {unknown[0]}; it has {', '.join(FORMATS)}")
+            if problem.k % BLOCK_FORMATS["mxfp4"].size:
+                return No(f"K = {problem.k} is not a multiple of {BLOCK_FORMATS['mxfp4'].size}")
         return None
 
     def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:

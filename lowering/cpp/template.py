@@ -34,20 +34,20 @@ from quark_inductor.schemes.ops import dtype_of
 
 # C++ that prepares row m of the activation into `row`, and computes a tile, by op.
 _PREPARE = {
-    "mx_prologue_gemm": "quark::mxfp4::quantize_row(x + m * K, K, row)",
-    "mx_gemm": "quark::mxfp4::load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)",
+    "block_prologue_gemm": "quark::mxfp4::quantize_row(x + m * K, K, row)",
+    "block_gemm": "quark::mxfp4::load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)",
     "fp8_prologue_gemm per_tensor": "quark::fp8::quantize_row(x + m * K, K, float(x_scale[0]), row)",
     "fp8_prologue_gemm per_token": "quark::fp8::quantize_row("
     "x + m * K, K, quark::fp8::dynamic_scale(x + m * K, K), row)",
     "fp8_gemm": "quark::fp8::load_row(x + m * K, K, float(x_scale[{{'m' if x_scale_per_row else '0'}}]), row)",
 }
 _TILE = {
-    "mx": "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
+    "block": "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
     "n_end - n_start, tile, NT)",
     "fp8": "quark::fp8::tile<MT, {{mode}}>(prepared, K, weight + n_start * K, weight_scale + "
     "{{'n_start, 1' if weight_scale_per_channel else '0, 0'}}, n_end - n_start, tile, NT)",
 }
-_HEADER = {"mx": "mxfp4.h", "fp8": "fp8.h"}
+_HEADER = {"block": "mxfp4.h", "fp8": "fp8.h"}
 
 # Rows of the activation prepared at a time: bounds the scratch memory of a long prefill.
 _ROWS_AT_A_TIME = 512
@@ -191,7 +191,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "isa": self.target.isa,
             "T": dtype,
             "mode": f"Rounded<{dtype}>" if rounds else "Exact",
-            "namespace": {"mx": "mxfp4", "fp8": "fp8"}[family],
+            "namespace": {"block": "mxfp4", "fp8": "fp8"}[family],
             "headers": _headers(family),
             "export": get_export_declaration(),
             "inputs": self.inputs,

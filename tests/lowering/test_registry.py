@@ -59,8 +59,18 @@ def operands(m: int, n: int, k: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("op", "names", "strings", "expected"),
     [
-        ("mx_gemm", "codes x_scale weight w_scale -", ("mxfp4", "mxfp4", "float16"), {"dtype": "float16"}),
-        ("mx_prologue_gemm", "x weight w_scale -", ("mxfp4", "even", "mxfp4"), {"dtype": "bfloat16"}),
+        (
+            "block_gemm",
+            "codes x_scale weight w_scale -",
+            ("mxfp4", "mxfp4", "float16"),
+            {"dtype": "float16", "formats": ("mxfp4", "mxfp4")},
+        ),
+        (
+            "block_prologue_gemm",
+            "x weight w_scale -",
+            ("mxfp4", "even", "mxfp4"),
+            {"dtype": "bfloat16", "formats": ("mxfp4", "mxfp4")},
+        ),
         ("fp8_gemm", "fp8 one fp8_weight one -", ("float32",), {"dtype": "float32"}),
         (
             "fp8_prologue_gemm",
@@ -83,7 +93,7 @@ def test_the_problem_is_described(
     op: str,
     names: str,
     strings: tuple[str, ...],
-    expected: dict[str, str],
+    expected: dict[str, Any],
     dynamic: bool,
 ) -> None:
     """Also what happens to an op that somebody made whom no rule asked: an error that names what each provider said."""
@@ -104,12 +114,12 @@ def test_kernels_are_counted(compiled: Callable[..., Any]) -> None:
     x, weight, scale = tensors["x"], tensors["weight"], tensors["w_scale"]
 
     def twice(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        first = q.mx_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4")
-        return first, q.mx_prologue_gemm(x + 1, weight, scale, None, "mxfp4", "even", "mxfp4")
+        first = q.block_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4")
+        return first, q.block_prologue_gemm(x + 1, weight, scale, None, "mxfp4", "even", "mxfp4")
 
     compiled(twice, x)
     counted = {key: count for key, count in counters["inductor"].items() if key.startswith("quark.")}
-    assert counted == {"quark.mx_prologue_gemm.cpp": 2} == {count_key("mx_prologue_gemm", "cpp"): 2}
+    assert counted == {"quark.block_prologue_gemm.cpp": 2} == {count_key("block_prologue_gemm", "cpp"): 2}
 
 
 @pytest.fixture

@@ -36,6 +36,10 @@ class Rewritten:
         return {name.split(".")[1]: names.count(name) for name in names}
 
 
+# What a static activation is quantized with.
+STATIC = {"input_scale": 0.0078, "input_scale_2": 0.0015, "input_zero_point": 0}
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing of another test's graphs, and no cache that would answer without running a pass.
@@ -93,10 +97,12 @@ def linear() -> Callable[..., QuarkLinear]:
         module = QuarkLinear(k, n, scheme_for(PRESETS[preset]), bias=bias, dtype=dtype)
         weight = torch.randn(n, k, generator=generator).to(dtype)
         set_parameters(module, **module.scheme.quantize_weight(weight))
-        if preset == "fp8":
-            set_parameters(module, input_scale=torch.tensor(0.0078, dtype=dtype))
+        for name, scale in STATIC.items():
+            if name in module._parameters:
+                set_parameters(module, **{name: torch.tensor(scale, dtype=getattr(module, name).dtype)})
         if bias:
             module.bias = nn.Parameter(torch.randn(n, generator=generator).to(dtype), requires_grad=False)
+        module.scheme.process_weights_after_loading(module)
         return module.eval()
 
     return make

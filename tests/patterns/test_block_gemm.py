@@ -29,7 +29,7 @@ class MxLinear(nn.Module):
         self.dtype = dtype
 
     def dequantized(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return q.mx_dequantize(codes, scales, "mxfp4", str(self.dtype).removeprefix("torch."))
+        return q.block_dequantize(codes, scales, "mxfp4", str(self.dtype).removeprefix("torch."))
 
     def forward(self, codes: Tensor, scales: Tensor) -> Any:
         # As QuarkLinear does: then K is a constant of the graph when every size is symbolic.
@@ -47,8 +47,8 @@ def activation(*rows: int) -> tuple[Tensor, Tensor]:
 def test_fuses_once(rewrite: Callable[..., Any], dtype: torch.dtype, bias: bool) -> None:
     model, args = MxLinear(dtype, bias=bias), activation(3)
     done = rewrite(model, *args)
-    assert done.fused() == {"mx_gemm": 1}
-    assert (done.result.matches("mx_gemm"), done.result.matches("mx_prologue")) == (1, 0)
+    assert done.fused() == {"block_gemm": 1}
+    assert (done.result.matches("block_gemm"), done.result.matches("block_prologue")) == (1, 0)
     assert torch.equal(done.output, model(*args))
 
 
@@ -59,7 +59,7 @@ def test_any_rank(rewrite: Callable[..., Any], rows: tuple[int, ...], dynamic: b
     model, args = MxLinear(), activation(*rows)
     done = rewrite(model, *args, dynamic=dynamic)
     assert done.result.matches("hoist_views") == 1
-    assert done.fused() == {"mx_gemm": 1}
+    assert done.fused() == {"block_gemm": 1}
     assert torch.equal(done.output, model(*args))
 
 
@@ -72,7 +72,7 @@ class Shared(MxLinear):
 def test_another_user_of_the_dequantized(rewrite: Callable[..., Any]) -> None:
     model, args = Shared(), activation(3)
     done = rewrite(model, *args)
-    assert done.fused() == {"mx_gemm": 1, "mx_dequantize": 2}
+    assert done.fused() == {"block_gemm": 1, "block_dequantize": 2}
     for got, expected in zip(done.output, model(*args), strict=True):
         assert torch.equal(got, expected)
 
@@ -86,7 +86,7 @@ class Beta(MxLinear):
 def test_addmm_with_beta(rewrite: Callable[..., Any]) -> None:
     model, args = Beta(), activation(3)
     done = rewrite(model, *args)
-    assert done.fused() == {"mx_dequantize": 2}
+    assert done.fused() == {"block_dequantize": 2}
     (refusal,) = done.result.unfused
     assert "{'beta': 0.5}, which no fused GEMM computes" in refusal.reason
     assert torch.equal(done.output, model(*args))
@@ -107,7 +107,7 @@ def test_what_addmm_adds_is_a_bias_or_stays(rewrite: Callable[..., Any], shape: 
 
     model, args = Added(), activation(3)
     done = rewrite(model, *args)
-    for node in done.graph.find_nodes(op="call_function", target=q.mx_gemm.default):
+    for node in done.graph.find_nodes(op="call_function", target=q.block_gemm.default):
         assert node.args[4] is None or node.args[4].meta["val"].shape == (N,), "the kernel reads bias[n]"
     # One more rounding, of a result below 2^11: products of up to 6 * 6 * 2^4, 64 of them, mostly cancelling.
     torch.testing.assert_close(done.output, model(*args), rtol=2**-22, atol=2**-12)
@@ -124,14 +124,14 @@ class Cast(MxLinear):
     """Dequantized to float32, computed in another dtype."""
 
     def forward(self, codes: Tensor, scales: Tensor) -> Tensor:
-        weight = q.mx_dequantize(self.weight, self.weight_scale, "mxfp4", "float32").bfloat16()
-        return F.linear(q.mx_dequantize(codes, scales, "mxfp4", "float32").bfloat16(), weight)
+        weight = q.block_dequantize(self.weight, self.weight_scale, "mxfp4", "float32").bfloat16()
+        return F.linear(q.block_dequantize(codes, scales, "mxfp4", "float32").bfloat16(), weight)
 
 
 @pytest.mark.parametrize("model", [FloatActivation, Cast])
 def test_no_match_is_reported(rewrite: Callable[..., Any], model: type[MxLinear]) -> None:
     module, args = model(), activation(3)
     done = rewrite(module, *args)
-    assert done.fused() == {"mx_dequantize": 2}
+    assert done.fused() == {"block_dequantize": 2}
     assert [u.reason for u in done.result.unfused] == ["no rule's pattern is this graph"]
     assert torch.equal(done.output, module(*args))

@@ -22,10 +22,10 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def test_fuses_once(rewrite: Callable[..., Any], linear: Callable[..., Any], dtype: torch.dtype, bias: bool) -> None:
     model, x = linear("mxfp4", bias=bias, dtype=dtype), randn(3, K, dtype=dtype)
     done = rewrite(model, x)
-    assert done.fused() == {"mx_prologue_gemm": 1}
-    assert done.result.matches("mx_gemm") == done.result.matches("mx_prologue") == 1
+    assert done.fused() == {"block_prologue_gemm": 1}
+    assert done.result.matches("block_gemm") == done.result.matches("block_prologue") == 1
     assert done.result.unfused == ()
-    (node,) = done.graph.find_nodes(op="call_function", target=q.mx_prologue_gemm.default)
+    (node,) = done.graph.find_nodes(op="call_function", target=q.block_prologue_gemm.default)
     assert node.args[4:] == ("mxfp4", "even", "mxfp4")
     assert (node.args[3] is None) is not bias
     assert torch.equal(done.output, model(x))
@@ -38,7 +38,7 @@ def test_any_rank(
 ) -> None:
     model, x = linear("mxfp4", dtype=torch.bfloat16), randn(*rows, K, dtype=torch.bfloat16)
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"mx_prologue_gemm": 1}
+    assert done.fused() == {"block_prologue_gemm": 1}
     assert torch.equal(done.output, model(x))
 
 
@@ -54,8 +54,8 @@ def test_three_gemms_of_one_input(rewrite: Callable[..., Any], linear: Callable[
 
     model, x = Qkv(), randn(2, 3, K)
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"mx_prologue_gemm": 3}
-    assert (done.result.matches("mx_gemm"), done.result.matches("mx_prologue")) == (3, 3)
+    assert done.fused() == {"block_prologue_gemm": 3}
+    assert (done.result.matches("block_gemm"), done.result.matches("block_prologue")) == (3, 3)
     for got, expected in zip(done.output, model(x), strict=True):
         assert torch.equal(got, expected)
 
@@ -71,20 +71,20 @@ class Quantizes(nn.Module):
         self.weight_scale = nn.Buffer(torch.full((N, K // 32), 127, dtype=torch.uint8))
 
     def gemm(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return ops.mx_gemm(codes, scales, self.weight, self.weight_scale, None, "mxfp4", "mxfp4", self.out_dtype)
+        return ops.block_gemm(codes, scales, self.weight, self.weight_scale, None, "mxfp4", "mxfp4", self.out_dtype)
 
     def forward(self, x: Tensor, other: Tensor) -> Any:
-        return self.gemm(*q.mx_quantize(x, "mxfp4", "even"))
+        return self.gemm(*q.block_quantize(x, "mxfp4", "even"))
 
 
 class ScalesOfAnother(Quantizes):
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return self.gemm(q.mx_quantize(x, "mxfp4", "even")[0], q.mx_quantize(other, "mxfp4", "even")[1])
+        return self.gemm(q.block_quantize(x, "mxfp4", "even")[0], q.block_quantize(other, "mxfp4", "even")[1])
 
 
 class CodesChanged(Quantizes):
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        codes, scales = q.mx_quantize(x, "mxfp4", "even")
+        codes, scales = q.block_quantize(x, "mxfp4", "even")
         return self.gemm(codes ^ 8, scales)
 
 
@@ -92,7 +92,7 @@ class FlattenedAfterwards(Quantizes):
     """The quantize is of three dimensions: its results are flattened, so it is not the GEMM's own."""
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        codes, scales = q.mx_quantize(x.unsqueeze(1), "mxfp4", "even")
+        codes, scales = q.block_quantize(x.unsqueeze(1), "mxfp4", "even")
         return self.gemm(codes.flatten(0, 1), scales.flatten(0, 1))
 
 
@@ -100,8 +100,8 @@ class FlattenedAfterwards(Quantizes):
 def test_near_miss(rewrite: Callable[..., Any], model: type[Quantizes]) -> None:
     module, args = model(), (randn(3, K), randn(3, K, seed=1))
     done = rewrite(module, *args)
-    assert done.result.matches("mx_prologue") == 0
-    assert done.count("mx_gemm") == 1
+    assert done.result.matches("block_prologue") == 0
+    assert done.count("block_gemm") == 1
     assert done.result.unfused == ()
     assert torch.equal(done.output, module(*args))
 
@@ -109,24 +109,24 @@ def test_near_miss(rewrite: Callable[..., Any], model: type[Quantizes]) -> None:
 def test_an_activation_of_another_dtype_is_refused(rewrite: Callable[..., Any]) -> None:
     module, args = Quantizes(), (randn(3, K, dtype=torch.bfloat16), randn(3, K))
     done = rewrite(module, *args)
-    assert done.fused() == {"mx_quantize": 1, "mx_gemm": 1}
+    assert done.fused() == {"block_quantize": 1, "block_gemm": 1}
     (refusal,) = (r for p in done.result.passes for r in p.refusals)
     assert (
         refusal.reason == "the activation is torch.bfloat16, the result torch.float32: a prologue GEMM keeps one dtype"
     )
-    assert refusal.rule == "mx_prologue"
+    assert refusal.rule == "block_prologue"
     assert torch.equal(done.output, module(*args))
 
 
 class CodesUsedTwice(Quantizes):
     def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-        codes, scales = q.mx_quantize(x, "mxfp4", "even")
+        codes, scales = q.block_quantize(x, "mxfp4", "even")
         return self.gemm(codes, scales), codes + 1, scales + 1
 
 
 def test_another_user_of_the_codes(rewrite: Callable[..., Any]) -> None:
     module, args = CodesUsedTwice(), (randn(3, K), randn(3, K))
     done = rewrite(module, *args)
-    assert done.fused() == {"mx_quantize": 1, "mx_prologue_gemm": 1}
+    assert done.fused() == {"block_quantize": 1, "block_prologue_gemm": 1}
     for got, expected in zip(done.output, module(*args), strict=True):
         assert torch.equal(got, expected)

@@ -178,7 +178,7 @@ def test_cse_quantizes_a_shared_input_once(
     q, k, v = linear(preset, n=48), linear(preset, n=16), linear(preset, n=16, bias=False)
     # "emulation" leaves the graph after cse as it is.
     done = rewrite(lambda x: (q(x), k(x), v(x)), torch.randn(3, 64), provider="emulation")
-    quantize = torch.ops.quark_inductor.mx_quantize.default if preset == "mxfp4" else aten.amax.default
+    quantize = torch.ops.quark_inductor.block_quantize.default if preset == "mxfp4" else aten.amax.default
     assert done.count(quantize) == 1
 
 
@@ -219,12 +219,12 @@ def test_a_view_moves_above_a_block_dequantize() -> None:
     scales, weight = torch.randint(120, 130, (2, 3, 2), dtype=torch.uint8), torch.randn(64, 5)
 
     def fn(codes: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
-        x = torch.ops.quark_inductor.mx_dequantize(codes, scales, "mxfp4", "float32")
+        x = torch.ops.quark_inductor.block_dequantize(codes, scales, "mxfp4", "float32")
         return x.reshape(6, 64) @ weight
 
     gm = trace(fn, codes, scales, weight)
     assert hoist_views(gm.graph) == 1
-    assert flat_source(gm) is torch.ops.quark_inductor.mx_dequantize.default
+    assert flat_source(gm) is torch.ops.quark_inductor.block_dequantize.default
     assert torch.equal(run(gm, codes, scales, weight), fn(codes, scales, weight))
 
 

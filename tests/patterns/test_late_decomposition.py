@@ -34,8 +34,8 @@ def test_bit_for_bit(dtype: torch.dtype, mode: str) -> None:
     """The graph made of plain ops computes the same bits as the ops' own implementation."""
 
     def fn(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scales = q.mx_quantize(x, "mxfp4", "even")
-        return codes, scales, q.mx_dequantize(codes, scales, "mxfp4", str(dtype).removeprefix("torch."))
+        codes, scales = q.block_quantize(x, "mxfp4", "even")
+        return codes, scales, q.block_dequantize(codes, scales, "mxfp4", str(dtype).removeprefix("torch."))
 
     x = special(4, 64).to(dtype)
     gm = make_fx(fn, tracing_mode=mode)(x)
@@ -83,7 +83,7 @@ def test_a_quantize_that_nobody_multiplies() -> None:
     """No rule is about it, and no kernel of ours makes codes alone."""
 
     def fn(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scales = q.mx_quantize(x, "mxfp4", "even")
+        codes, scales = q.block_quantize(x, "mxfp4", "even")
         return codes, scales
 
     x = special(4, 64)

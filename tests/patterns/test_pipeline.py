@@ -46,7 +46,7 @@ def test_every_linear_of_a_model_has_its_name(rewrite: Callable[..., Any], name:
     model = quark_inductor.load(FIXTURES / name)
     linears = {n for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
     done = rewrite(model, torch.arange(12).reshape(2, 6), provider="emulation")
-    assert done.fused().keys() <= {"mx_quantize", "mx_dequantize"}
+    assert done.fused().keys() <= {"block_quantize", "block_dequantize"}
     assert len(done.result.unfused) == 14
     assert {u.layer for u in done.result.unfused} == linears
     assert {u.reason for u in done.result.unfused} == {"cpp: option quark.provider is 'emulation'"}
@@ -68,6 +68,62 @@ def test_a_refused_layer_is_named(
         f"{name} runs as emulation: cpp: option quark.provider is 'emulation'" for name in names
     ]
     assert torch.equal(done.output, model(x))
+
+
+# One of each way to store a weight and to quantize an activation for which there is no rule yet.
+UNFUSED = ["mxfp4_weight_only", "mxfp4_fp8", "mxfp6_e2m3", "mxfp8", "nvfp4", "nvfp4_weight_only", "amdfp4"]
+UNFUSED += ["fp8_weight_only", "int8", "ptpc_int8", "int8_weight_only", "int4_wo_32", "uint4_wo_32"]
+UNFUSED += ["uint4_wo_per_channel", "int4_fp8"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "reason"),
+    [
+        *((preset, "no rule's pattern is this graph") for preset in UNFUSED),
+        ("fp8_e5m2", "the operands are torch.float8_e5m2 and torch.float8_e5m2, expected two torch.float8_e4m3fn"),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_no_rule_takes_is_found_by_its_codes(
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], preset: str, reason: str, bias: bool
+) -> None:
+    model, x = nn.Sequential(linear(preset, bias=bias), nn.Linear(48, 8)), torch.randn(3, 64)
+    done = rewrite(model, x)
+    assert [(u.layer, u.reason) for u in done.result.unfused] == [("0", reason)]
+    assert done.fused().keys() <= {"block_quantize", "block_dequantize"}
+    assert torch.equal(done.output, model(x))
+
+
+def test_a_weight_dequantized_at_load_is_a_float_weight(
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear]
+) -> None:
+    layer, x = linear("mxfp4"), torch.randn(3, 64)
+    layer.dequantize_()
+    done = rewrite(layer, x)
+    assert done.fused() == {"block_quantize": 1, "block_dequantize": 1}
+    assert done.result.unfused == ()
+    torch.testing.assert_close(done.output, layer(x))
+
+
+def test_codes_behind_another_product_are_not_a_weights(rewrite: Callable[..., Any]) -> None:
+    """An attention's scores: their second operand was computed by a GEMM, whose own weight has codes."""
+    codes, x = torch.ones(16, 16, dtype=torch.int8), torch.randn(4, 16)
+
+    def scores(x: Tensor) -> Tensor:
+        key = x @ codes.float().t()
+        return x @ key.t()
+
+    assert len(rewrite(scores, x).result.unfused) == 1
+
+
+def test_a_mask_or_token_ids_are_no_codes(rewrite: Callable[..., Any]) -> None:
+    table, x = torch.randn(32, 16), torch.randn(4, 16)
+
+    def embed(x: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ torch.nn.functional.embedding(ids, table).t(), x @ (mask * 2.0).t()
+
+    done = rewrite(embed, x, torch.arange(6), torch.ones(5, 16, dtype=torch.bool))
+    assert done.result.unfused == ()
 
 
 def test_a_model_that_is_fused_logs_nothing(
@@ -122,7 +178,7 @@ def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
     assert done.fused() == {}
     assert done.result.unfused == ()
     # Nothing matched, and every pass says so.
-    rules = {"fp8_gemm", "fp8_prologue", "mx_gemm", "mx_prologue"}
+    rules = {"fp8_gemm", "fp8_prologue", "block_gemm", "block_prologue"}
     assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | {"hoist_views", "cse"}}
     torch.testing.assert_close(done.output, model(x))
 
@@ -134,7 +190,7 @@ def test_every_graph_leaves_a_result(linear: Callable[..., QuarkLinear], rewrite
     with collect_results() as outer:
         inner = rewrite(linear("mxfp4"), torch.randn(3, 64))
     assert outer == []  # the innermost collector has it
-    assert inner.result.matches("mx_gemm") == 1
+    assert inner.result.matches("block_gemm") == 1
     assert inner.result.matches("no such rule") == 0
     assert all(p.ms >= 0 for p in inner.result.passes)
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-import types
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,24 @@ def ids() -> Tensor:
     return torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(12))
 
 
+@pytest.fixture(scope="session")
+def float_base() -> Callable[..., Any]:
+    """What amd-quark quantized for the smaller fixtures: ``base/``, or ``base_wide/`` with hidden size 256."""
+
+    def make(dtype: torch.dtype = torch.bfloat16, name: str = "base", tied: bool = False) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(FIXTURES / name, tie_word_embeddings=tied)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        state = {n: t.clone().to(dtype) for n, t in load_file(FIXTURES / name / "model.safetensors").items()}
+        if tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state)
+        return model
+
+    return make
+
+
 @pytest.fixture
 def fixtures_float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], nn.Module]:
     """What amd-quark was given to make the fixtures, from the script that made them.
@@ -187,15 +205,15 @@ def fixtures_float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
     then there is nothing to compare.
     """
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the script sets some, for amd-quark
-    for name, attributes in {
-        "quark": [],
-        "quark.torch": ["LLMTemplate", "ModelQuantizer", "export_safetensors", "import_model_from_safetensors"],
-        "quark.torch.quantization": [],
-        "quark.torch.quantization.tensor_quantize": ["DynamicScaledFakeQuantize"],
-    }.items():
-        stub = types.ModuleType(name)
-        stub.__dict__.update(dict.fromkeys(attributes))
-        monkeypatch.setitem(sys.modules, name, stub)
+    for name in (
+        "quark",
+        "quark.torch",
+        "quark.torch.quantization",
+        "quark.torch.quantization.config",
+        "quark.torch.quantization.config.config",
+        "quark.torch.quantization.tensor_quantize",
+    ):
+        monkeypatch.setitem(sys.modules, name, unittest.mock.MagicMock())
     spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make_fixtures.py")
     assert spec is not None
     assert spec.loader is not None
@@ -204,7 +222,7 @@ def fixtures_float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
     spec.loader.exec_module(script)
 
     def make(dtype: torch.dtype) -> nn.Module:
-        model = script.float_model(dtype)
+        model = script.float_model(script.FIRST, dtype)
         name = "mxfp4" if dtype == torch.bfloat16 else "mxfp4_fp32"
         stored = load_file(FIXTURES / name / "model.safetensors")
         drawn = model.state_dict()

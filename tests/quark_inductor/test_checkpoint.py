@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,10 @@ GLOBAL = "global_quant_config"
 WEIGHT, INPUT = (GLOBAL, "weight"), (GLOBAL, "input_tensors")
 
 
-def changed(base: str, *path: str, to: Any) -> Json:
+def changed(base: str, *path: str | int, to: Any) -> Json:
     """A config of amd-quark's with one value set."""
     config = amd_quarks(base)
-    inner = config
+    inner: Any = config
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = to
@@ -116,6 +117,19 @@ def test_an_algorithm_that_only_changes_weights_is_taken(algorithm: str) -> None
     assert parse(config).default == PRESETS["mxfp4"]
 
 
+def test_a_rotation_that_is_merged_into_the_weights_is_taken() -> None:
+    config = amd_quarks("mxfp4_rotation")
+    assert config["algo_config"][0]["name"] == "rotation"
+    assert parse(config).default == PRESETS["mxfp4"]
+
+
+def test_a_quantized_softmax_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = amd_quarks("fp8") | {"softmax_quant_spec": {"dtype": "fp8_e4m3"}}
+    with caplog.at_level(logging.WARNING, logger="quark_inductor"):
+        assert parse(config) == parse(amd_quarks("fp8"))
+    assert "softmax_quant_spec" in caplog.text
+
+
 def test_a_layer_without_a_spec_is_not_quantized() -> None:
     config = amd_quarks("mxfp4")
     config["layer_quant_config"] = {"none": None, "empty": {"weight": None, "input_tensors": None}}
@@ -128,14 +142,14 @@ def test_a_layer_without_a_spec_is_not_quantized() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("mxfp4", "scale_calculation_mode", "floor"),
-        ("mxfp4", "scale_format", "e5m3"),
         ("mxfp4", "group_size", 16),
-        ("mxfp4", "dtype", "fp6_e2m3"),
         ("mxfp4", "is_dynamic", True),
+        ("mxfp4", "dtype", "fp8_e5m3"),
+        ("amdfp4", "group_size", 64),
         ("fp8", "dtype", "fp8_e5m2"),
-        ("fp8", "qscheme", "per_block"),
+        ("fp8", "dtype", "fp8_e5m3"),
         ("fp8", "is_dynamic", True),
+        ("int8", "is_dynamic", True),
     ],
 )
 def test_what_decides_a_number_reaches_the_schemes_which_refuse_it(name: str, key: str, value: Any) -> None:
@@ -145,6 +159,49 @@ def test_what_decides_a_number_reaches_the_schemes_which_refuse_it(name: str, ke
     assert spec.input == PRESETS[name].input
     with pytest.raises(ConfigError, match=rf"no scheme for \[weight .*{value if value is not True else 'dynamic'}"):
         scheme_for(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mxfp4", {"scale_calculation_mode": "floor"}),
+        ("mxfp4", {"scale_calculation_mode": "ceil"}),
+        ("mxfp4", {"dtype": "fp6_e2m3"}),
+        ("mxfp4", {"dtype": "fp6_e3m2"}),
+        ("fp8", {"scale_type": "float32"}),
+        ("fp8", {"qscheme": "per_block", "block_size": (16, 64)}),
+        ("int8", {"symmetric": False}),
+        ("int8", {"dtype": "uint8"}),
+        ("int4_wo_32", {"group_size": 64}),
+    ],
+)
+def test_what_decides_a_number_reaches_the_schemes_which_take_it(name: str, values: dict[str, Any]) -> None:
+    config = amd_quarks(name)
+    config[GLOBAL]["weight"].update(values)
+    spec = parse(json.loads(json.dumps(config))).default
+    assert spec is not None
+    assert {key: getattr(spec.weight, key) for key in values} == values
+    assert spec.input == PRESETS[name].input
+    assert scheme_for(spec).spec == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "named"),
+    [
+        ("fp8", "output_tensors", "mxfp4", "output [fp4"),
+        ("fp8", "input_tensors", "amdfp4", "input fp4"),
+        ("int8", "input_tensors", "fp8", "input fp8"),
+        ("nvfp4", "weight", "mxfp4", "weight fp4 per_group 32"),
+    ],
+)
+def test_tensors_of_two_formats_reach_the_schemes_which_refuse_them(
+    name: str, key: str, value: str, named: str
+) -> None:
+    spec = parse(changed(name, GLOBAL, key, to=amd_quarks(value)[GLOBAL]["weight"])).default
+    assert spec is not None
+    with pytest.raises(ConfigError) as caught:
+        scheme_for(spec)
+    assert named in str(caught.value)
 
 
 # --- which layer
@@ -213,7 +270,7 @@ def nested(depth: int) -> Json:
     return value
 
 
-TWO_STAGES = [amd_quarks("mxfp4")["global_quant_config"]["weight"]] * 2
+THREE_STAGES = [amd_quarks("mxfp4")["global_quant_config"]["weight"]] * 3
 
 # What is changed -> what is set, and what the message must name.
 BAD: dict[str, tuple[Json, list[str]]] = {
@@ -226,15 +283,26 @@ BAD: dict[str, tuple[Json, list[str]]] = {
     "global str": (changed("fp8", GLOBAL, to="fp8"), [GLOBAL, "'fp8'"]),
     "unknown layer key": (changed("fp8", GLOBAL, "weights", to=None), [GLOBAL, "weights"]),
     "bias quantized": (changed("fp8", GLOBAL, "bias", to=amd_quarks("fp8")[GLOBAL]["weight"]), [GLOBAL, "bias"]),
-    "output quantized": (
-        changed("fp8", GLOBAL, "output_tensors", to=amd_quarks("fp8")[GLOBAL]["weight"]),
-        [GLOBAL, "output_tensors"],
+    "output with a bad spec": (
+        changed("fp8", GLOBAL, "output_tensors", to={"dtype": "fp8_e4m3", "qscheme": "per_row"}),
+        [f"{GLOBAL}.output_tensors.qscheme", "'per_row'"],
     ),
     "input without weight": (changed("fp8", *WEIGHT, to=None), [GLOBAL, "input", "weight"]),
     "weight str": (changed("fp8", *WEIGHT, to="fp8"), [f"{GLOBAL}.weight", "'fp8'"]),
     "unknown spec key": (changed("fp8", *WEIGHT, "dtypes", to="x"), [f"{GLOBAL}.weight", "dtypes"]),
-    "two stages": (changed("fp8", *WEIGHT, to=TWO_STAGES), [f"{GLOBAL}.weight", "2 stages"]),
-    "two stages of input": (changed("fp8", *INPUT, to=TWO_STAGES), [f"{GLOBAL}.input_tensors", "2 stages"]),
+    "three stages": (changed("fp8", *WEIGHT, to=THREE_STAGES), [f"{GLOBAL}.weight", "3 stages"]),
+    "three stages of input": (changed("fp8", *INPUT, to=THREE_STAGES), [f"{GLOBAL}.input_tensors", "3 stages"]),
+    "no stage": (changed("fp8", *WEIGHT, to=[]), [f"{GLOBAL}.weight", "0 stages"]),
+    "stage str": (changed("fp8", *WEIGHT, to=["fp8"]), [f"{GLOBAL}.weight[0]", "'fp8'"]),
+    "second stage null": (changed("nvfp4", *WEIGHT, 1, to=None), [f"{GLOBAL}.weight[1]", "None"]),
+    "second stage with a bad spec": (
+        changed("nvfp4", *INPUT, 1, "dtype", to="fp8"),
+        [f"{GLOBAL}.input_tensors[1].dtype", "'fp8'"],
+    ),
+    "first stage of scales": (
+        changed("nvfp4", *WEIGHT, 0, "is_scale_quant", to=True),
+        [f"{GLOBAL}.weight[0].is_scale_quant"],
+    ),
     "no dtype": (changed("fp8", *WEIGHT, "dtype", to=None), [f"{GLOBAL}.weight.dtype", "None"]),
     "dtype number": (changed("fp8", *WEIGHT, "dtype", to=8), [f"{GLOBAL}.weight.dtype", "8"]),
     "dtype list": (changed("fp8", *INPUT, "dtype", to=["fp4"]), [f"{GLOBAL}.input_tensors.dtype"]),
@@ -247,10 +315,20 @@ BAD: dict[str, tuple[Json, list[str]]] = {
     "channel axis of a weight": (changed("ptpc_fp8", *WEIGHT, "ch_axis", to=1), [f"{GLOBAL}.weight.ch_axis", "1"]),
     "channel axis of an input": (changed("ptpc_fp8", *INPUT, "ch_axis", to=0), [f"{GLOBAL}.input_tensors.ch_axis"]),
     "channel axis null": (changed("ptpc_fp8", *WEIGHT, "ch_axis", to=None), [f"{GLOBAL}.weight.ch_axis", "None"]),
-    "is_scale_quant": (changed("fp8", *WEIGHT, "is_scale_quant", to=True), [f"{GLOBAL}.weight.is_scale_quant", "True"]),
-    "scale_type float32": (
-        changed("fp8", *WEIGHT, "scale_type", to="float32"),
-        [f"{GLOBAL}.weight.scale_type", "'float32'"],
+    "is_scale_quant": (changed("fp8", *WEIGHT, "is_scale_quant", to=True), [f"{GLOBAL}.weight.is_scale_quant is true"]),
+    "scale_type": (
+        changed("fp8", *WEIGHT, "scale_type", to="float64"),
+        [f"{GLOBAL}.weight.scale_type", "'float64'"],
+    ),
+    "scale_type e5m3": (
+        changed("fp8", *WEIGHT, "scale_type", to="float8_e5m3"),
+        [f"{GLOBAL}.weight.scale_type", "'float8_e5m3'"],
+    ),
+    "asymmetric null": (changed("int8", *WEIGHT, "symmetric", to=None), [f"{GLOBAL}.weight.symmetric", "None"]),
+    "asymmetric 0": (changed("int8", *WEIGHT, "symmetric", to=0), [f"{GLOBAL}.weight.symmetric", "0"]),
+    "scale mode of another format": (
+        changed("amdfp4", *WEIGHT, "scale_calculation_mode", to="even"),
+        [f"{GLOBAL}.weight.scale_calculation_mode", "'even'"],
     ),
     "asymmetric": (changed("fp8", *WEIGHT, "symmetric", to=False), [f"{GLOBAL}.weight.symmetric", "False"]),
     "round_method": (changed("fp8", *WEIGHT, "round_method", to="floor"), [f"{GLOBAL}.weight.round_method", "'floor'"]),
@@ -275,12 +353,33 @@ BAD: dict[str, tuple[Json, list[str]]] = {
     "unknown export key": (changed("fp8", "export", "packing", to="other"), ["export", "packing"]),
     "pack_method": (changed("fp8", "export", "pack_method", to="diagonal"), ["export.pack_method", "'diagonal'"]),
     "kv cache group": (changed("fp8", "export", "kv_cache_group", to=["*k_proj"]), ["export.kv_cache_group", "k_proj"]),
-    "kv cache": (changed("fp8", "kv_cache_quant_config", to={"*k_proj": {}}), ["kv_cache_quant_config", "k_proj"]),
+    "kv cache number": (
+        changed("fp8", "kv_cache_quant_config", to={"*k_proj": 5}),
+        ["kv_cache_quant_config", "k_proj"],
+    ),
+    "kv cache list": (changed("fp8", "kv_cache_quant_config", to=["*k_proj"]), ["kv_cache_quant_config", "k_proj"]),
+    "kv cache with a bad spec": (
+        changed("mxfp4_kv_fp8", "kv_cache_quant_config", "*k_proj", "output_tensors", "dtype", to="fp7"),
+        ["kv_cache_quant_config['*k_proj'].output_tensors.dtype", "'fp7'"],
+    ),
     "kv cache after rope": (changed("fp8", "kv_cache_post_rope", to=True), ["kv_cache_post_rope", "True"]),
-    "layer type": (changed("fp8", "layer_type_quant_config", to={"Linear": {}}), ["layer_type_quant_config", "Linear"]),
-    "softmax": (changed("fp8", "softmax_quant_spec", to={"dtype": "fp8_e4m3"}), ["softmax_quant_spec", "fp8_e4m3"]),
+    "layer type": (
+        changed("fp8", "layer_type_quant_config", to={"Conv2d": amd_quarks("fp8")[GLOBAL]}),
+        ["layer_type_quant_config", "Conv2d", "only Linears"],
+    ),
+    "layer type list": (changed("fp8", "layer_type_quant_config", to=["Linear"]), ["layer_type_quant_config"]),
+    "layer type with a bad spec": (
+        changed("fp8", "layer_type_quant_config", to={"Linear": {"weight": "fp8"}}),
+        ["layer_type_quant_config['Linear'].weight", "'fp8'"],
+    ),
     "graph mode": (changed("fp8", "quant_mode", to="fx_graph_mode"), ["quant_mode", "'fx_graph_mode'"]),
-    "rotation": (changed("fp8", "algo_config", to=[{"name": "rotation"}]), ["algo_config", "'rotation'", "awq"]),
+    **{
+        f"rotation {key}": (
+            changed("fp8", "algo_config", to=[{"name": "rotation", "r1": True, key: True}]),
+            ["algo_config", "'rotation'", "r1", "awq"],
+        )
+        for key in ("r2", "r3", "r4", "online_r1_rotation", "trainable", "online_config")
+    },
     "second algorithm": (
         changed("fp8", "algo_config", to=[{"name": "awq"}, {"name": "svdquant"}]),
         ["algo_config", "'svdquant'"],

@@ -66,7 +66,7 @@ def test_a_tensor_of_any_dtype_is_read_as_it_was_written(dtype: torch.dtype, tmp
     assert (found["a.b"].shape, found["scalar"].shape) == ((2, 3), ())
     assert found["a.b"].dtype == found["scalar"].dtype == dtype
     for name, expected in (("a.b", tensor), ("scalar", tensor[1, 0])):
-        read = files.read_tensor(found[name], name)
+        read = files.read_tensor(found[name])
         assert (read.dtype, read.shape) == (dtype, expected.shape)
         assert torch.equal(read.view(torch.uint8), expected.clone().view(torch.uint8)) if read.ndim else True
         assert torch.equal(read.double(), expected.double())
@@ -76,13 +76,13 @@ def test_a_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
     """It is no view of the file's pages, which would show what is written there later."""
     save_file({"a": torch.zeros(4096), "b": torch.ones(4096)}, tmp_path / files.SINGLE)
     stored = files.stored_tensors(tmp_path)["a"]
-    tensor = files.read_tensor(stored, "a")
+    tensor = files.read_tensor(stored)
     assert tensor.untyped_storage().nbytes() == 4096 * 4
     size = stored.file.stat().st_size
     with open(stored.file, "r+b") as file:
         file.seek(size - 2 * 4096 * 4)
         file.write(b"\x01" * 2 * 4096 * 4)
-    assert files.read_tensor(stored, "a").count_nonzero() == 4096
+    assert files.read_tensor(stored).count_nonzero() == 4096
     assert tensor.count_nonzero() == 0
 
 
@@ -169,10 +169,10 @@ def test_a_file_that_shrank_after_its_header_was_read_is_refused(tmp_path: Path)
     stored = files.stored_tensors(tmp_path)["layer.a"]
     stored.file.write_bytes(stored.file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"cannot read layer\.a from .*model\.safetensors"):
-        files.read_tensor(stored, "layer.a")
+        files.read_tensor(stored)
     stored.file.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read layer\.a from .*model\.safetensors"):
-        files.read_tensor(stored, "layer.a")
+        files.read_tensor(stored)
 
 
 # --- several files

@@ -244,9 +244,11 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], None], type[QuarkInductorError], l
     "quantization null": ("mxfp4", config_error(quantization_config=None), ConfigError, ["quantization_config"]),
     "no scheme": (
         "fp8",
-        lambda c: quantization(c, global_quant_config={"weight": {"dtype": "int8", "qscheme": "per_tensor"}}),
+        lambda c: quantization(
+            c, global_quant_config={"weight": {"dtype": "fp8_e5m3", "qscheme": "per_tensor"}, "input_tensors": None}
+        ),
         ConfigError,
-        ["int8 per_tensor", "w4a4_mxfp4", "w8a8_fp8", ".q_proj"],
+        ["fp8_e5m3 per_tensor", "w4a4_mxfp4", "w8a8_fp8", ".q_proj"],
     ),
     "all excluded": ("mxfp4", lambda c: quantization(c, exclude=["*"]), ConfigError, ["none of the model's Linears"]),
     "no model type": ("mxfp4", lambda c: without(c, "model_type"), ConfigError, ["config.json", "model_type"]),
@@ -306,9 +308,9 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], None], type[QuarkInductorError], l
     "extra tensor": ("mxfp4", extra, CheckpointError, ["model.layers.0.extra.weight", "no place", "strict=False"]),
     "renamed": (
         "mxfp4",
-        lambda c: rename(c, f"{UP}.weight_scale", f"{UP}.weight_quantizer.scale"),
+        lambda c: rename(c, f"{UP}.weight_scale", f"{UP}.weight_quantizer.scales"),
         CheckpointError,
-        [f"{UP}.weight_quantizer.scale"],
+        [f"{UP}.weight_quantizer.scales"],
     ),
     "wrong shape": (
         "mxfp4",
@@ -322,11 +324,17 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], None], type[QuarkInductorError], l
         CheckpointError,
         [f"{UP}.weight_scale", "[4, 256]", "[256, 4]"],
     ),
-    "scale of one element": (
+    "scale of one element in two dimensions": (
         "fp8",
-        lambda c: tensor(c, f"{UP}.weight_scale", lambda t: t.reshape(1)),
+        lambda c: tensor(c, f"{UP}.weight_scale", lambda t: t.reshape(1, 1)),
         CheckpointError,
-        [f"{UP}.weight_scale", "[1]", "[]"],
+        [f"{UP}.weight_scale", "[1, 1]", "[]"],
+    ),
+    "scale per tensor of two elements": (
+        "fp8",
+        lambda c: tensor(c, f"{UP}.weight_scale", lambda t: t.expand(2).clone()),
+        CheckpointError,
+        [f"{UP}.weight_scale", "[2]", "[]"],
     ),
     "wrong dtype of a weight": (
         "mxfp4",
@@ -342,9 +350,9 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], None], type[QuarkInductorError], l
     ),
     "wrong dtype of a scale": (
         "ptpc_fp8",
-        lambda c: tensor(c, f"{UP}.weight_scale", lambda t: t.float()),
+        lambda c: tensor(c, f"{UP}.weight_scale", lambda t: t.half()),
         CheckpointError,
-        [f"{UP}.weight_scale", "float32", "bfloat16"],
+        [f"{UP}.weight_scale", "float16", "bfloat16 or float32"],
     ),
     "wrong dtype of a norm": (
         "mxfp4",
@@ -356,7 +364,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], None], type[QuarkInductorError], l
         "mxfp4",
         lambda c: tensor(c, f"{UP}.weight_scale", with_value((255, 3), 255)),
         CheckpointError,
-        [f"{UP}: weight_scale", "255"],
+        [f"{UP}: weight_scale", "NaN"],
     ),
     "NaN scale": (
         "ptpc_fp8",

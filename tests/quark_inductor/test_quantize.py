@@ -221,13 +221,13 @@ REFUSED: dict[str, tuple[Callable[[Any], None], dict[str, Any], type[QuarkInduct
         lambda m: None,
         {"scheme": "fp8"},
         ConfigError,
-        ["'fp8'", "static", "calibration", "amd-quark"],
+        ["model.layers.0.self_attn.q_proj", "fp8_e4m3", "static", "calibration="],
     ),
     "static activations of a pattern": (
         lambda m: None,
         {"scheme": {"*": "fp8"}},
         ConfigError,
-        ["'fp8'", "calibration"],
+        ["model.layers.0.self_attn.q_proj", "fp8_e4m3", "calibration="],
     ),
     "no pattern": (lambda m: None, {"scheme": {}}, ConfigError, ["none of the model's Linears"]),
     "a pattern of nothing": (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import quark_inductor as qi
 from quark_inductor.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.spec import PRESETS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = ["mxfp4", "fp8", "ptpc_fp8", "mxfp4_fp32", "fp8_fp32", "ptpc_fp8_fp32"]
@@ -76,6 +77,17 @@ def test_a_quantized_model_comes_back(
     scheme: Any, dtype: torch.dtype, llama: Llama, ids: Tensor, tmp_path: Path
 ) -> None:
     check_round_trip(qi.quantize_(llama(dtype), scheme), ids, tmp_path / "new" / "directory")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_every_scheme_comes_back(scheme: str, dtype: torch.dtype, llama: Llama, ids: Tensor, tmp_path: Path) -> None:
+    """Calibrated where it must be."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 80, "num_hidden_layers": 1, "head_dim": 64}
+    model = qi.quantize_(llama(dtype, **sizes, num_attention_heads=4, num_key_value_heads=2), scheme, calibration=[ids])
+    loaded = check_round_trip(model, ids, tmp_path)
+    assert set(specs(loaded).values()) == {PRESETS[scheme]}
+    assert len(specs(loaded)) == 7
 
 
 def test_a_mixed_model_has_what_it_was_given(llama: Llama, ids: Tensor, tmp_path: Path) -> None:

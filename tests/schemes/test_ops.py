@@ -19,12 +19,12 @@ from quark_inductor.schemes.errors import QuarkInductorError, TrainingError
 from quark_inductor.schemes.spec import PRESETS
 
 OPS = torch.ops.quark_inductor
-NAMES = ["fp8_gemm", "fp8_prologue_gemm", "mx_dequantize", "mx_gemm", "mx_prologue_gemm", "mx_quantize"]
+NAMES = ["block_dequantize", "block_gemm", "block_prologue_gemm", "block_quantize", "fp8_gemm", "fp8_prologue_gemm"]
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GEMMS = [
-    "mx_gemm",
-    "mx_prologue_gemm",
+    "block_gemm",
+    "block_prologue_gemm",
     "fp8_gemm static",
     "fp8_gemm per token",
     "fp8_prologue_gemm static",
@@ -50,9 +50,9 @@ class Operands:
         name = str(self.dtype).removeprefix("torch.")
         x, weight = torch.from_numpy(self.x).to(self.dtype), torch.from_numpy(self.w)
         one = torch.ones((), dtype=self.dtype)
-        if gemm.startswith("mx"):
+        if gemm.startswith("block"):
             packed, scale = mxfp4(self.w)
-            if gemm == "mx_gemm":
+            if gemm == "block_gemm":
                 return *mxfp4(self.x), packed, scale, self.bias, "mxfp4", "mxfp4", name
             return x, packed, scale, self.bias, "mxfp4", "even", "mxfp4"
         codes = weight.to(FP8)
@@ -131,9 +131,39 @@ def test_opcheck_of_the_gemms(gemm: str, bias: bool, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 96)])
 def test_opcheck_of_quantize_and_dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(10)).to(dtype)
-    torch.library.opcheck(OPS.mx_quantize, (x, "mxfp4", "even"))
-    codes, scales = OPS.mx_quantize(x, "mxfp4", "even")
-    torch.library.opcheck(OPS.mx_dequantize, (codes, scales, "mxfp4", ops.dtype_name(dtype)))
+    torch.library.opcheck(OPS.block_quantize, (x, "mxfp4", "even"))
+    codes, scales = OPS.block_quantize(x, "mxfp4", "even")
+    torch.library.opcheck(OPS.block_dequantize, (codes, scales, "mxfp4", ops.dtype_name(dtype)))
+
+
+OTHER_FORMATS = [  # with a scale rule, and whether there is a global scale
+    ("mxfp6_e2m3", "floor", False),
+    ("mxfp6_e3m2", "even", False),
+    ("mxfp8_e4m3", "rceil", False),
+    ("mxfp8_e5m2", "ceil", False),
+    ("nvfp4", "combined", True),
+    ("nvfp4", "sequential", True),
+    ("amdfp4_g16", "nearest", False),
+    ("amdfp4_g32", "nearest", False),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "has_global"), OTHER_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck_of_the_other_formats(name: str, rule: str, has_global: bool, dtype: torch.dtype) -> None:
+    x = torch.randn((3, 64), generator=torch.Generator().manual_seed(10)).to(dtype)
+    scale = (torch.tensor(2.0**-9),) if has_global else ()
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    codes, scales = OPS.block_quantize(x, name, rule, *scale)
+    if FP8 not in (codes.dtype, scales.dtype) and codes.dtype != torch.float8_e5m2:
+        checks.append("test_schema")  # torch compares no FP8 tensors
+    torch.library.opcheck(OPS.block_quantize, (x, name, rule, *scale), test_utils=checks)
+    args = (codes, scales, name, ops.dtype_name(dtype), *scale)
+    torch.library.opcheck(OPS.block_dequantize, args, test_utils=checks)
+    fakes = symbolic(lambda x, *s: OPS.block_quantize(x, name, rule, *s), x, *scale)
+    assert [f.dtype for f in fakes] == [codes.dtype, scales.dtype]
+    assert codes.shape[1] * codes.itemsize == {"4": 32, "6": 48, "8": 64}[name[name.index("fp") + 2]]
+    assert scales.shape == (3, 4 if name in ("nvfp4", "amdfp4_g16") else 2)
 
 
 # --- fakes
@@ -149,7 +179,7 @@ def symbolic(function: Any, *args: Any) -> list[Any]:
 
 def test_fake_of_quantize_with_symbolic_sizes() -> None:
     x = torch.randn(7, 3, 96)
-    codes, scales, batch = symbolic(lambda x: (*OPS.mx_quantize(x, "mxfp4", "even"), x + 1), x)
+    codes, scales, batch = symbolic(lambda x: (*OPS.block_quantize(x, "mxfp4", "even"), x + 1), x)
     assert (codes.dtype, scales.dtype) == (torch.uint8, torch.uint8)
     for result, divisor in ((codes, 2), (scales, 32)):
         assert isinstance(result.shape[0], torch.SymInt)
@@ -159,7 +189,7 @@ def test_fake_of_quantize_with_symbolic_sizes() -> None:
 
 def test_fake_of_dequantize_with_symbolic_sizes() -> None:
     codes, scales = torch.zeros(7, 48, dtype=torch.uint8), torch.zeros(7, 3, dtype=torch.uint8)
-    values, same = symbolic(lambda c, s: (OPS.mx_dequantize(c, s, "mxfp4", "bfloat16"), c + 1), codes, scales)
+    values, same = symbolic(lambda c, s: (OPS.block_dequantize(c, s, "mxfp4", "bfloat16"), c + 1), codes, scales)
     assert values.dtype == torch.bfloat16
     assert isinstance(values.shape[0], torch.SymInt)
     assert values.shape[0] == same.shape[0]
@@ -204,7 +234,7 @@ def test_the_gemms_are_exact_on_small_whole_numbers(gemm: str, bias: bool, dtype
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dequantize_has_the_dtype_it_is_asked_for(dtype: torch.dtype) -> None:
     codes = torch.tensor([[0x21] * 16], dtype=torch.uint8)  # 0.5 and 1
-    values = OPS.mx_dequantize(codes, torch.tensor([[130]], dtype=torch.uint8), "mxfp4", ops.dtype_name(dtype))
+    values = OPS.block_dequantize(codes, torch.tensor([[130]], dtype=torch.uint8), "mxfp4", ops.dtype_name(dtype))
     assert values.dtype == dtype
     assert values.tolist() == [[4.0, 8.0] * 16]
 
@@ -213,16 +243,21 @@ def test_dequantize_has_the_dtype_it_is_asked_for(dtype: torch.dtype) -> None:
 
 
 UNKNOWN = {
-    "format of quantize": lambda x, c, s: OPS.mx_quantize(x, "mxfp5", "even"),
-    "scale rule of quantize": lambda x, c, s: OPS.mx_quantize(x, "mxfp4", "odd"),
-    "format of dequantize": lambda x, c, s: OPS.mx_dequantize(c, s, "mxfp5", "float32"),
-    "x format of gemm": lambda x, c, s: OPS.mx_gemm(c, s, c, s, None, "mxfp5", "mxfp4", "float32"),
-    "weight format of gemm": lambda x, c, s: OPS.mx_gemm(c, s, c, s, None, "mxfp4", "mxfp5", "float32"),
-    "x format of prologue gemm": lambda x, c, s: OPS.mx_prologue_gemm(x, c, s, None, "mxfp5", "even", "mxfp4"),
-    "scale rule of prologue gemm": lambda x, c, s: OPS.mx_prologue_gemm(x, c, s, None, "mxfp4", "odd", "mxfp4"),
-    "weight format of prologue gemm": lambda x, c, s: OPS.mx_prologue_gemm(x, c, s, None, "mxfp4", "even", "mxfp5"),
-    "dtype of dequantize": lambda x, c, s: OPS.mx_dequantize(c, s, "mxfp4", "float31"),
-    "dtype of gemm": lambda x, c, s: OPS.mx_gemm(c, s, c, s, None, "mxfp4", "mxfp4", "float31"),
+    "format of quantize": lambda x, c, s: OPS.block_quantize(x, "mxfp5", "even"),
+    "scale rule of quantize": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "odd"),
+    "format of dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp5", "float32"),
+    "x format of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp5", "mxfp4", "float32"),
+    "weight format of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp4", "mxfp5", "float32"),
+    "x format of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp5", "even", "mxfp4"),
+    "scale rule of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp4", "odd", "mxfp4"),
+    "weight format of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp4", "even", "mxfp5"),
+    "rule of another format": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "rceil"),
+    "global scale too many": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "even", x[0, 0]),
+    "global scale too few": lambda x, c, s: OPS.block_quantize(x, "nvfp4", "combined"),
+    "global scale too few to dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "nvfp4", "float32"),
+    "global scale too many to dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp4", "float32", x[0, 0]),
+    "dtype of dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp4", "float31"),
+    "dtype of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp4", "mxfp4", "float31"),
     "dtype of fp8 gemm": lambda x, c, s: OPS.fp8_gemm(x.to(FP8), x[0, 0], x.to(FP8), x[0, 0], None, "float31"),
 }
 
@@ -232,14 +267,16 @@ UNKNOWN = {
 def test_an_unknown_name_is_an_error_that_says_it(what: str, mode: str) -> None:
     x, codes, scales = torch.ones(2, 64), torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
     call = UNKNOWN[what] if mode == "eager" else make_fx(UNKNOWN[what], tracing_mode=mode)
-    with pytest.raises(ValueError, match=r"mxfp5|odd|float31"):
+    with pytest.raises(
+        ValueError, match=r"mxfp5|odd|float31|'rceil' for mxfp4|mxfp4 has no global scale|nvfp4 needs a global"
+    ):
         call(x, codes, scales)
 
 
 @pytest.mark.parametrize("k", [31, 33, 48])
 def test_a_k_of_no_whole_blocks_is_an_error(k: int) -> None:
     def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        return OPS.mx_quantize(x, "mxfp4", "even")
+        return OPS.block_quantize(x, "mxfp4", "even")
 
     x = torch.ones(2, k)
     with pytest.raises(RuntimeError, match="32"):
@@ -267,8 +304,8 @@ def test_what_is_no_dtype_is_an_error(name: str) -> None:
 
 def test_a_gradient_through_the_codes_is_refused() -> None:
     x = torch.ones(2, 64, requires_grad=True)
-    with pytest.raises(TrainingError, match=r"mx_quantize.*no_grad"):
-        OPS.mx_quantize(x, "mxfp4", "even")
+    with pytest.raises(TrainingError, match=r"block_quantize.*no_grad"):
+        OPS.block_quantize(x, "mxfp4", "even")
     assert issubclass(TrainingError, QuarkInductorError)
 
 
@@ -283,7 +320,7 @@ def test_a_gradient_through_a_quantized_linear_is_refused(shape: tuple[int, ...]
 def test_without_gradients_the_same_input_is_fine(context: Any) -> None:
     x = torch.ones(2, 64, requires_grad=True)
     with context():
-        codes, scales = OPS.mx_quantize(x, "mxfp4", "even")
+        codes, scales = OPS.block_quantize(x, "mxfp4", "even")
     assert scales.tolist() == [[125, 125], [125, 125]]
-    codes, _ = OPS.mx_quantize(x.detach(), "mxfp4", "even")
+    codes, _ = OPS.block_quantize(x.detach(), "mxfp4", "even")
     assert not codes.requires_grad

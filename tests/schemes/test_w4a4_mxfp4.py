@@ -12,7 +12,7 @@ from torch import Tensor
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import QuarkLinear, scheme_for, set_parameters
 from quark_inductor.schemes.errors import CheckpointError, ShapeError
-from quark_inductor.schemes.numerics import mx
+from quark_inductor.schemes.numerics import block
 from quark_inductor.schemes.spec import PRESETS, LinearSpec
 from quark_inductor.schemes.w4a4_mxfp4 import QuarkW4A4MXFP4
 
@@ -34,7 +34,7 @@ def test_every_weight_is_amd_quarks(name: str, exported: Exports) -> None:
     assert len(checkpoint.linears) == 14
     for linear in checkpoint.linears:
         layer = checkpoint.layer(linear)
-        weight = mx.dequantize(layer.weight, layer.weight_scale, "mxfp4", checkpoint.dtype)
+        weight = block.dequantize(layer.weight, layer.weight_scale, "mxfp4", checkpoint.dtype)
         assert checkpoint.weight_is_amd_quarks(linear, weight), linear
         assert checkpoint.weight_is_amd_quarks(linear, numpy_weight(checkpoint.parameters(linear), checkpoint.dtype))
 
@@ -85,7 +85,7 @@ def test_a_nan_scale_is_refused_after_loading() -> None:
     set_parameters(layer, weight_scale=scale)
     layer.scheme.process_weights_after_loading(layer)
     scale[3, 1] = 255
-    with pytest.raises(CheckpointError, match=r"weight_scale .*255"):
+    with pytest.raises(CheckpointError, match=r"^weight_scale holds a NaN"):
         layer.scheme.process_weights_after_loading(layer)
 
 

@@ -109,10 +109,10 @@ class Gemms(nn.Module):
         for i, x in enumerate(inputs):
             weight, scale, bias = self.weights[i], self.scales[i], self.bias(i)
             if self.prologue:
-                outputs.append(q.mx_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"))
+                outputs.append(q.block_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"))
             else:
                 dtype = str(self.dtypes[i]).removeprefix("torch.")
-                outputs.append(q.mx_gemm(*x, weight, scale, bias, "mxfp4", "mxfp4", dtype))
+                outputs.append(q.block_gemm(*x, weight, scale, bias, "mxfp4", "mxfp4", dtype))
         return outputs
 
     def check(self, inputs: list[Any], outputs: list[Tensor]) -> None:
@@ -170,7 +170,9 @@ def revealing() -> Callable[[Tensor], Tensor]:
     packed = identity[:, ::2] | identity[:, 1::2] << 4
     scale = torch.full((32, 1), 127, dtype=torch.uint8)
     compiled = torch.compile(
-        lambda x: q.mx_prologue_gemm(x, packed, scale, None, "mxfp4", "even", "mxfp4"), backend="quark", fullgraph=True
+        lambda x: q.block_prologue_gemm(x, packed, scale, None, "mxfp4", "even", "mxfp4"),
+        backend="quark",
+        fullgraph=True,
     )
 
     def reveal(blocks: Tensor) -> Tensor:
@@ -220,7 +222,9 @@ def test_every_scale_byte_of_a_weight(isa: str, k: int) -> None:
     x = torch.zeros(1, k)
     x[0, k - 32] = 1.0
     y = torch.compile(
-        lambda x: q.mx_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4"), backend="quark", fullgraph=True
+        lambda x: q.block_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4"),
+        backend="quark",
+        fullgraph=True,
     )(x)
     assert y[0, 255].isnan()
     expected = np.arange(255, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -233,7 +237,7 @@ def test_every_scale_byte_of_an_activation(isa: str) -> None:
     weight, one = torch.zeros(1, 16, dtype=torch.uint8), torch.full((1, 1), 127, dtype=torch.uint8)
     weight[0, 0] = 2
     y = torch.compile(
-        lambda scales: q.mx_gemm(codes, scales, weight, one, None, "mxfp4", "mxfp4", "float32"),
+        lambda scales: q.block_gemm(codes, scales, weight, one, None, "mxfp4", "mxfp4", "float32"),
         backend="quark",
         fullgraph=True,
     )(torch.arange(256, dtype=torch.uint8)[:, None])
@@ -249,7 +253,7 @@ def test_every_product_of_two_codes(isa: str) -> None:
     x[:, 3] = weight[:, 3] = codes
     one, as_one = torch.full((16, 1), 127, dtype=torch.uint8), torch.full((16, 1), 127, dtype=torch.uint8)
     gemm = torch.compile(
-        lambda x, weight: q.mx_gemm(x, one, weight, as_one, None, "mxfp4", "mxfp4", "float32"),
+        lambda x, weight: q.block_gemm(x, one, weight, as_one, None, "mxfp4", "mxfp4", "float32"),
         backend="quark",
         fullgraph=True,
     )

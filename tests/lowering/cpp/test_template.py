@@ -35,7 +35,7 @@ def mxfp4(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
     scale = torch.full((N, K // 32), 124, dtype=torch.uint8)
-    return lambda x: q.mx_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"), q.mx_dequantize(
+    return lambda x: q.block_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"), q.block_dequantize(
         weight, scale, "mxfp4", "float32"
     )
 
@@ -110,8 +110,8 @@ def test_one_result_goes_into_the_next(compiled: Callable[..., Any]) -> None:
     scale = torch.full((64, 2), 122, dtype=torch.uint8)
 
     def fn(x: Tensor) -> Tensor:
-        y = x + q.mx_prologue_gemm(x, first, scale, None, "mxfp4", "even", "mxfp4")
-        return y + q.mx_prologue_gemm(y, second, scale, None, "mxfp4", "even", "mxfp4")
+        y = x + q.block_prologue_gemm(x, first, scale, None, "mxfp4", "even", "mxfp4")
+        return y + q.block_prologue_gemm(y, second, scale, None, "mxfp4", "even", "mxfp4")
 
     # Small integers: every number on the way is exact in float32, so eager and compiled agree bit by bit.
     x = torch.randint(-4, 5, (5, 64), generator=generator).float()
@@ -185,9 +185,9 @@ def test_a_part_of_a_tensor_is_read_where_it_begins(compiled: Callable[..., Any]
             q.fp8_prologue_gemm(x, scales[0], weight[0], scale[0], bias[i], "per_tensor"),
             q.fp8_prologue_gemm(x, scales[i], weight[0], scale[0], None, "per_tensor"),
             q.fp8_gemm(codes[i], scales[1 + i], weight[0], scale[0], None, "float32"),
-            q.mx_prologue_gemm(x[rows], packed[0], exponents[0], None, "mxfp4", "even", "mxfp4"),
-            q.mx_prologue_gemm(x, packed[i], exponents[0], None, "mxfp4", "even", "mxfp4"),
-            q.mx_prologue_gemm(x, packed[0], exponents[i], None, "mxfp4", "even", "mxfp4"),
+            q.block_prologue_gemm(x[rows], packed[0], exponents[0], None, "mxfp4", "even", "mxfp4"),
+            q.block_prologue_gemm(x, packed[i], exponents[0], None, "mxfp4", "even", "mxfp4"),
+            q.block_prologue_gemm(x, packed[0], exponents[i], None, "mxfp4", "even", "mxfp4"),
         ]
 
     wrong = []
@@ -261,7 +261,7 @@ def test_both_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         torch._dynamo.reset()
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            first = q.mx_prologue_gemm(x, packed, scales, None, "mxfp4", "even", "mxfp4")
+            first = q.block_prologue_gemm(x, packed, scales, None, "mxfp4", "even", "mxfp4")
             return first, q.fp8_prologue_gemm(x, one[0], weight, one[1], None, "per_tensor")
 
         results.append(torch.compile(both, backend="quark", fullgraph=True)(x))

@@ -5,7 +5,9 @@ than twice the bits of a bfloat16 plus two, so the two roundings are as good as 
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -259,3 +261,202 @@ def test_activations_are_those_of_amd_quark(name: str) -> None:
         scale = stored[f"{module}.input_scale"] if name in STATIC else fp8.dynamic_scale(x, "per_token")
         ours = fp8.dequantize(fp8.quantize(x, scale), scale, x.dtype)
         assert torch.equal(bits(ours), bits(reference[f"{module}.input_qdq"].flatten(0, 1)))
+
+
+# --- both formats, groups, blocks, fnuz
+
+# Largest value, mantissa bits, exponent of the smallest normal.
+FORMATS = {
+    torch.float8_e4m3fn: (448.0, 3, -6, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (57344.0, 2, -14, ml_dtypes.float8_e5m2),
+    torch.float8_e4m3fnuz: (224.0, 3, -7, ml_dtypes.float8_e4m3fnuz),  # it reaches 240: 224 has the code of 448
+}
+NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+Floats = Callable[[int, int, int, str], np.ndarray]
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """To the nearest FP8 number, half to even, saturated: all steps are exact in double precision."""
+    largest, mantissa_bits, smallest_exponent, _ = FORMATS[dtype]
+    x = x.astype(np.float64)
+    exponent = np.maximum(np.frexp(x)[1] - 1, smallest_exponent)
+    step = np.ldexp(1.0, exponent - mantissa_bits)
+    return np.clip(np.rint(x / step) * step, -largest, largest)
+
+
+def same_numbers(ours: Tensor, expected: np.ndarray) -> None:
+    """Bit by bit, by ml_dtypes' reading of the bytes; a negative zero only where the expected number is one."""
+    number = FORMATS[ours.dtype][-1]
+    found = ours.view(torch.uint8).numpy().view(number).astype(np.float64)
+    np.testing.assert_array_equal(found, expected)
+    if ours.dtype != torch.float8_e4m3fnuz:
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(expected))
+
+
+def numpy_scale(amax: np.ndarray, dtype: torch.dtype, number: Any) -> np.ndarray:
+    with np.errstate(under="ignore"):
+        scale = (amax.astype(np.float32) / np.float32(FORMATS[dtype][0])).astype(number).astype(np.float32)
+    return np.where(scale == 0, np.float32(2.0**-23), scale)
+
+
+def check_against_reference(x: np.ndarray, dtype: torch.dtype, name: str) -> None:
+    """Scales and codes per tensor, per token and by groups of 16, from the docstrings."""
+    tensor, number = torch.from_numpy(x).to(NAMES[name]), NUMPY[NAMES[name]]
+    for granularity, axis in (("per_tensor", None), ("per_token", -1)):
+        scale = fp8.dynamic_scale(tensor, granularity, dtype)
+        expected = numpy_scale(np.abs(x).max(axis, keepdims=axis is not None), dtype, number)
+        np.testing.assert_array_equal(scale.float().numpy(), expected)
+        with np.errstate(over="ignore", under="ignore"):
+            quotient = (x / expected).astype(number).astype(np.float64)
+        codes = fp8.quantize(tensor, scale, dtype)
+        same_numbers(codes, rounded(quotient, dtype))
+        with np.errstate(over="ignore", under="ignore"):
+            values = (rounded(quotient, dtype).astype(np.float32) * expected).astype(number)
+        assert torch.equal(fp8.dequantize(codes, scale, tensor.dtype), from_numpy(values))
+    codes, scales = fp8.quantize_groups(tensor, 16, dtype)
+    groups = x.reshape(len(x), -1, 16)
+    expected = numpy_scale(np.abs(groups).max(-1), dtype, number)
+    np.testing.assert_array_equal(scales.float().numpy(), expected)
+    with np.errstate(over="ignore", under="ignore"):
+        elements = rounded(groups / expected[..., None], dtype)
+        values = (elements.astype(np.float32) * expected[..., None]).astype(number).reshape(x.shape)
+    same_numbers(codes, elements.reshape(x.shape))
+    assert torch.equal(fp8.dequantize_groups(codes, scales, tensor.dtype), from_numpy(values))
+
+
+every_format = pytest.mark.parametrize("dtype", FORMATS, ids=["e4m3", "e5m2", "fnuz"])
+some_floats = given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(NAMES)))
+
+
+@every_format
+@settings(repeatable, max_examples=12)
+@some_floats
+def test_random_rows_of_every_magnitude(floats: Floats, dtype: torch.dtype, seed: int, name: str) -> None:
+    """12 times 64 rows and 128 groups, and 12 tensors, of each format."""
+    check_against_reference(floats(seed, 64, 32, name), dtype, name)
+
+
+@pytest.mark.slow
+@every_format
+@settings(repeatable, max_examples=50)
+@some_floats
+def test_many_random_rows_of_every_magnitude(floats: Floats, dtype: torch.dtype, seed: int, name: str) -> None:
+    """50 times 512 rows and 1024 groups, and 50 tensors, of each format."""
+    check_against_reference(floats(seed, 512, 32, name), dtype, name)
+
+
+@every_format
+def test_every_bfloat16_by_one(dtype: torch.dtype) -> None:
+    x = every(torch.bfloat16)
+    x = x[~x.isnan()]
+    codes = fp8.quantize(x, torch.ones((), dtype=x.dtype), dtype)
+    largest = FORMATS[dtype][0]
+    same_numbers(codes, rounded(np.clip(x.double().numpy(), -largest, largest), dtype))
+    assert len(set(codes_of(codes).tolist())) == {448.0: 254, 57344.0: 248, 224.0: 253}[largest]
+
+
+@every_format
+def test_the_largest_value(dtype: torch.dtype) -> None:
+    assert fp8.max_value(dtype) == FORMATS[dtype][0]
+
+
+@every_format
+def test_what_is_not_finite(dtype: torch.dtype) -> None:
+    """Infinity becomes the largest value, never an infinity of E5M2; NaN stays, and takes its group."""
+    x = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]])
+    values = fp8.quantize(x, torch.ones(()), dtype).float()
+    assert values[0, :2].tolist() == [FORMATS[dtype][0], -FORMATS[dtype][0]]
+    assert values.isnan().tolist() == [[False, False, True, False]]
+    codes, scales = fp8.quantize_groups(torch.cat((x, torch.ones(1, 4)), -1), 4, dtype)
+    assert scales.isnan().tolist() == [[True, False]]
+    assert fp8.dequantize_groups(codes, scales, torch.float32).isnan().tolist() == [[True] * 4 + [False] * 4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_of_another_dtype_is_divided_in_it(name: str) -> None:
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)).to(NAMES[name])
+    scale = fp8.dynamic_scale(x, "per_tensor", scale_dtype=torch.float32)
+    assert scale.dtype == torch.float32
+    assert scale.item() == np.float32(x.abs().amax().item()) / np.float32(448)
+    assert fp8.dynamic_scale(x[:0], "per_tensor", scale_dtype=torch.float32).item() == 1.0
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 16), (9, 17), (7, 15), (1, 1), (20, 40)])
+@every_format
+def test_blocks_are_numpys_one_by_one(n: int, k: int, dtype: torch.dtype) -> None:
+    """Whole ones and such as are cut off at the edges, of 8 rows and 16 columns; one is of zeros."""
+    generator = torch.Generator().manual_seed(n)
+    weight = torch.randn(n, k, generator=generator) * torch.logspace(-3, 3, n)[:, None]
+    weight[-1, -1] = 0.0
+    weight[8:16, 16:32] = 0.0
+    codes, scales = fp8.quantize_blocks(weight.bfloat16(), (8, 16), dtype)
+    assert scales.dtype == torch.float32
+    assert scales.shape == (math.ceil(n / 8), math.ceil(k / 16))
+    w = weight.bfloat16().float().numpy()
+    values = np.empty_like(w)
+    for i in range(len(scales)):
+        for j in range(scales.shape[1]):
+            at = np.s_[8 * i : 8 * i + 8, 16 * j : 16 * j + 16]
+            scale = numpy_scale(np.abs(w[at]).max(), dtype, np.float32)
+            assert scales[i, j].item() == scale
+            elements = rounded(w[at] / scale, dtype)
+            same_numbers(codes[at].contiguous(), elements)
+            values[at] = elements.astype(np.float32) * scale
+    for out in NAMES.values():
+        ours = fp8.dequantize_weight(codes, scales, out, (8, 16))
+        assert torch.equal(bits(ours), bits(torch.from_numpy(values + 0.0).to(out))) or torch.equal(
+            ours, torch.from_numpy(values).to(out)
+        )
+
+
+def test_fnuz_codes_have_half_the_value() -> None:
+    """Of every E4M3 code but -0, which fnuz does not have: its byte is NaN there."""
+    every_code = np.arange(256, dtype=np.uint8)
+    codes = torch.from_numpy(every_code).view(torch.float8_e4m3fn)
+    ours = fp8.to_fnuz(codes)
+    assert ours.dtype == torch.float8_e4m3fnuz
+    found = codes_of(ours)
+    np.testing.assert_array_equal(found, np.where(every_code == 0x80, 0, every_code))
+    expected = every_code.view(ml_dtypes.float8_e4m3fn).astype(np.float32) / 2
+    numbers = ~np.isnan(expected)  # 0x7f and 0xff are NaN in E4M3 only: the loader has refused them
+    half = found.view(ml_dtypes.float8_e4m3fnuz).astype(np.float32)
+    np.testing.assert_array_equal(half[numbers], expected[numbers])
+    assert numbers.sum() == 254
+    assert half[0x80] == 0
+    assert math.copysign(1, half[0x80]) == 1
+
+
+@settings(repeatable, max_examples=12)
+@given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(NAMES)))
+def test_twice_the_scale_gives_the_same_fnuz_codes(floats: Floats, seed: int, name: str) -> None:
+    """Doubling is exact, so the quotients are halves; and half a step of E4M3 is one of fnuz."""
+    x = torch.from_numpy(floats(seed, 64, 32, name)).to(NAMES[name])
+    for granularity in ("per_token", "per_tensor"):
+        scale = fp8.dynamic_scale(x, granularity)
+        assert (scale * 2).isfinite().all()
+        codes, halves = fp8.quantize(x, scale), fp8.quantize(x, scale * 2, fp8.FNUZ)
+        expected = np.where(codes_of(codes) == 0x80, 0, codes_of(codes))
+        np.testing.assert_array_equal(codes_of(halves), expected)
+        # A dynamic scale is made so, unless it is subnormal or stands for zero.
+        normal = (scale > torch.finfo(x.dtype).smallest_normal) & (scale != 2.0**-23)
+        assert torch.equal(fp8.dynamic_scale(x, granularity, fp8.FNUZ)[normal], scale[normal] * 2)
+
+
+@pytest.mark.parametrize("checkpoint", ["fp8_e5m2", "fp8_float32_scale", "mxfp4_fp8_token", "fp8_block"])
+def test_activations_of_the_other_checkpoints_are_those_of_amd_quark(checkpoint: str) -> None:
+    recorded = load_file(FIXTURES / checkpoint / "reference.safetensors")
+    stored = load_file(FIXTURES / checkpoint / "model.safetensors")
+    modules = [key.removesuffix(".input_qdq") for key in recorded if key.endswith("_proj.input_qdq")]
+    assert modules
+    dtype = torch.float8_e5m2 if checkpoint == "fp8_e5m2" else torch.float8_e4m3fn
+    for module in [*modules, "special"]:
+        x = recorded[f"{module}.input"].flatten(0, 1)
+        static = f"{'model.layers.0.self_attn.q_proj' if module == 'special' else module}.input_scale"
+        if checkpoint == "fp8_block":
+            ours = fp8.dequantize_groups(*fp8.quantize_groups(x, 64, dtype), x.dtype)
+        else:
+            scale = stored[static] if static in stored else fp8.dynamic_scale(x, "per_token", dtype)
+            ours = fp8.dequantize(fp8.quantize(x, scale, dtype), scale, x.dtype)
+        expected = recorded[f"{module}.input_qdq"].flatten(0, 1)
+        same = bits(ours) == bits(expected)
+        assert same.all(), (module, (~same).nonzero()[:5].tolist(), ours[~same][:5], expected[~same][:5])

@@ -1,0 +1,105 @@
+"""Quark checkpoints through ``AutoModelForCausalLM.from_pretrained``, without amd-quark."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from quark_inductor import checkpoint, files
+from quark_inductor.loading import Accounting, account, fill_zero_points, finish, insert_linears
+from quark_inductor.schemes.base import PER_CALL
+from quark_inductor.schemes.errors import CheckpointError, ConfigError
+
+
+class QuarkInductorConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` as the checkpoint has it, checked."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = QuantizationMethod.QUARK
+        self.raw = config
+        self.parsed = checkpoint.parse(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint has: ``save_pretrained`` writes it back."""
+        return copy.deepcopy(self.raw)
+
+
+class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts quantized Linears into the model before transformers loads it, with every tensor accounted for."""
+
+    requires_calibration = True
+    quantization_config: QuarkInductorConfig
+
+    def __init__(self, quantization_config: QuarkInductorConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._accounting: Accounting | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a Quark checkpoint is loaded from its safetensors files; none were given")
+        stored: dict[str, files.StoredTensor] = {}
+        for file in checkpoint_files:
+            stored |= files.header(Path(file))
+        if any(name != new for new, tensor in files.canonical_names(stored).items() if (name := tensor.name)):
+            raise CheckpointError(
+                "the checkpoint has the tensor names of amd-quark 0.11; load it with quark_inductor.load instead"
+            )
+        insert_linears(model, self.quantization_config.parsed, stored, dynamic_fallback=False)
+        self._accounting = account(model, stored, _stored_dtype(Path(checkpoint_files[0]).parent), strict=True)
+        # Or transformers reports as missing what is 0.
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        model._keys_to_ignore_on_load_missing = [*ignored, *map(re.escape, self._accounting.zero_points)]
+        # transformers casts a floating-point tensor to the dtype of what it replaces.
+        for name, target in self._accounting.targets.items():
+            if model.get_parameter_or_buffer(name).dtype != target.dtype:
+                owner, _, parameter = name.rpartition(".")
+                model.get_submodule(owner).register_parameter(
+                    parameter, torch.nn.Parameter(target, requires_grad=False)
+                )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        assert self._accounting is not None
+        fill_zero_points(model, self._accounting)
+        finish(model, PER_CALL)
+        return model.requires_grad_(False)
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes what ``from_pretrained`` reads."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """One graph, without breaks: ``generate`` may compile the model where it has a static cache."""
+        return True
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    config = files.read_json(directory / files.CONFIG)
+    name = (config.get("dtype") or config.get("torch_dtype") or "float32") if isinstance(config, dict) else None
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{directory / files.CONFIG}: dtype is {name!r}, expected one such as 'bfloat16'")
+    return dtype
+
+
+def register_hf() -> None:
+    """From now on transformers' ``from_pretrained`` loads Quark checkpoints with this package's Linears.
+
+    amd-quark need not be installed. It replaces transformers' own entry for the method "quark" in this process, whether
+    amd-quark is there or not; calling it again changes nothing. Where :func:`quark_inductor.load` raises an error for a
+    checkpoint, so does ``from_pretrained``.
+    """
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quark"] = QuarkInductorConfig
+    auto.AUTO_QUANTIZER_MAPPING["quark"] = QuarkInductorHfQuantizer

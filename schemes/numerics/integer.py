@@ -1,0 +1,91 @@
+"""Integers of 8 and 4 bits with a scale and a zero point: ``x ~= (code - zero_point) * scale``.
+
+Source: amd-quark 0.13, ``observer.py: calculate_int_quant_params`` (scales and zero points, in the dtype of the
+tensor), ``hw_emulation_interface.py: fake_quantize_int_*, real_quantize_int_*, dequantize_int_*`` (float32).
+"""
+
+import torch
+from torch import Tensor
+
+# Smallest and largest code.
+BOUNDS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
+
+
+def codes_dtype(dtype: str) -> torch.dtype:
+    """In which torch dtype codes are held, unpacked: uint8 for unsigned, int8 for signed ones."""
+    return torch.uint8 if dtype.startswith("u") else torch.int8
+
+
+def parameters(x: Tensor, dtype: str, symmetric: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a tensor.
+
+    Args:
+        x: floating point.
+        dtype: ``"int8"``, ``"uint8"``, ``"int4"`` or ``"uint4"``.
+        symmetric: scale ``amax / 127.5`` (half the number of steps) and zero point 0; else scale ``(max - min) / 255``,
+            the range widened to hold 0, and the zero point that puts 0 on a code.
+        axis: what to reduce over (kept as a dimension of 1), or ``None`` for the whole tensor.
+
+    Returns:
+        ``(scale, zero_point)``, scale in the dtype of ``x`` (float32 for a whole tensor, as amd-quark has it), at least
+        ``2**-23``; zero point int32, rounded half to even. NaN gives a NaN scale.
+    """
+    low, high = BOUNDS[dtype]
+    if axis is None:
+        if x.numel() == 0:
+            return x.new_ones((), dtype=torch.float32), x.new_zeros((), dtype=torch.int32)
+        smallest, largest = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    else:
+        smallest, largest = x.amin(axis, keepdim=True).clamp(max=0), x.amax(axis, keepdim=True).clamp(min=0)
+    steps = high - low
+    scale = torch.maximum(-smallest, largest) / (steps / 2) if symmetric else (largest - smallest) / steps
+    if axis is None:
+        scale = scale.to(torch.float32)
+    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+    if symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    zero_point = low - torch.round(smallest / scale)
+    return scale, zero_point.clamp(low, high).to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: str) -> Tensor:
+    """``clamp(round(x / scale) + zero_point)``, in float32, of an activation.
+
+    Args:
+        x: floating point.
+        scale: floating point, broadcast to ``x``.
+        zero_point: integer, broadcast to ``x``.
+        dtype: ``"int8"``, ...
+
+    Returns:
+        Codes in :func:`codes_dtype`. ``x`` is multiplied by the float32 reciprocal of the scale and rounded half to
+        even; infinity saturates; NaN gives an unspecified code.
+    """
+    low, high = BOUNDS[dtype]
+    quotient = torch.round(x.float() * (1.0 / scale.float()))
+    return (quotient + zero_point.to(torch.float32)).clamp(low, high).to(codes_dtype(dtype))
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, dtype: str) -> Tensor:
+    """:func:`quantize` as amd-quark does it to a weight: twice.
+
+    It freezes the model, which rounds the weights to their dequantized values in the model's dtype, and quantizes those
+    again when it exports them, adding the zero point before it rounds (``real_quantize_int_*``). In bfloat16 an
+    asymmetric 8-bit code may move by one.
+    """
+    low, high = BOUNDS[dtype]
+    frozen = dequantize(quantize(weight, scale, zero_point, dtype), scale, zero_point, weight.dtype)
+    quotient = torch.round(frozen.float() * (1.0 / scale.float()) + zero_point.to(torch.float32))
+    return quotient.clamp(low, high).to(codes_dtype(dtype))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(code - zero_point) * scale`` in float32, then one cast.
+
+    Args:
+        codes: integers.
+        scale: floating point, broadcast to ``codes``.
+        zero_point: integer, broadcast to ``codes``.
+        dtype: dtype of the result.
+    """
+    return ((codes.to(torch.float32) - zero_point.to(torch.float32)) * scale.float()).to(dtype)

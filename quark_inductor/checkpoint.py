@@ -199,9 +199,12 @@ def _check_algorithms(algorithms: Any, where: str) -> None:
     for algorithm in algorithms:
         config = _mapping(algorithm, f"{where} entry")
         name = config.get("name")
-        # The rotation r1 is merged into the weights; r2, r3, r4 and online ones are not, or not wholly.
-        offline_rotation = name == "rotation" and not any(
-            config.get(key) for key in ("r2", "r3", "r4", "online_config", "online_r1_rotation", "trainable")
+        # The rotation r1 is merged into the weights; r2, r3, r4 (where they are not said to be off) and online ones are
+        # not, or not wholly.
+        offline_rotation = (
+            name == "rotation"
+            and all(config.get(key) is False for key in ("r2", "r3", "r4"))
+            and not any(config.get(key) for key in ("online_config", "online_r1_rotation", "trainable", "train_smooth"))
         )
         if not isinstance(name, str) or not (name in _OFFLINE_ALGORITHMS or offline_rotation):
             raise ConfigError(

@@ -71,12 +71,7 @@ class Fp8Activation(ActivationQuantizer):
     @classmethod
     def refuses(cls, spec: TensorSpec) -> str | None:
         """Any FP8 spec of one stage; only per-tensor scales can be static."""
-        if spec.dtype not in fp8.DTYPES or spec.second is not None:
-            return f"takes {' or '.join(fp8.DTYPES)} of one stage"
-        schemes = ("per_tensor", "per_channel", "per_group") if spec.is_dynamic else ("per_tensor",)
-        if spec.qscheme not in schemes or spec.scale_format is not None:
-            return f"takes {', '.join(schemes)} {'dynamic' if spec.is_dynamic else 'static'} scales in floating point"
-        return None
+        return _refuses(spec, tuple(fp8.DTYPES))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,12 +119,7 @@ class IntegerActivation(ActivationQuantizer):
     @classmethod
     def refuses(cls, spec: TensorSpec) -> str | None:
         """Any integer spec of one stage; only per-tensor scales can be static."""
-        if spec.dtype not in integer.BOUNDS or spec.second is not None:
-            return f"takes {', '.join(integer.BOUNDS)} of one stage"
-        schemes = ("per_tensor", "per_channel", "per_group") if spec.is_dynamic else ("per_tensor",)
-        if spec.qscheme not in schemes or spec.scale_format is not None:
-            return f"takes {', '.join(schemes)} {'dynamic' if spec.is_dynamic else 'static'} scales in floating point"
-        return None
+        return _refuses(spec, tuple(integer.BOUNDS))
 
     def tensors(self, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """``input_scale`` float32 ``[]`` and ``input_zero_point []`` if static."""
@@ -231,6 +221,15 @@ class BlockActivation(ActivationQuantizer):
 
 
 KINDS: tuple[type[ActivationQuantizer], ...] = (BlockActivation, Fp8Activation, IntegerActivation)
+
+
+def _refuses(spec: TensorSpec, dtypes: tuple[str, ...]) -> str | None:
+    if spec.dtype not in dtypes or spec.second is not None:
+        return f"takes {' or '.join(dtypes)} of one stage"
+    schemes = ("per_tensor", "per_channel", "per_group") if spec.is_dynamic else ("per_tensor",)
+    if spec.qscheme not in schemes or spec.scale_format is not None:
+        return f"takes {', '.join(schemes)} {'dynamic' if spec.is_dynamic else 'static'} scales in floating point"
+    return None
 
 
 def _scale_dtype(spec: TensorSpec) -> torch.dtype | None:

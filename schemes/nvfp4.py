@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.base import register_scheme, set_parameters
+from quark_inductor.schemes.block_weight import BlockWeightScheme
 from quark_inductor.schemes.numerics import block
-from quark_inductor.schemes.ocp_mx import block_weight_tensors, quantize_block_weight
 from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import LinearSpec
 
@@ -18,7 +18,7 @@ FORMAT = "nvfp4"
 
 
 @register_scheme
-class QuarkNVFP4(QuarkScheme):
+class QuarkNVFP4(BlockWeightScheme):
     """Codes, block scales and global scales, all multipliers.
 
     ``weight`` uint8 ``[N, K/2]``, ``weight_scale`` E4M3 ``[N, K/16]``, ``weight_scale_2`` float32 ``[]``,
@@ -51,7 +51,7 @@ class QuarkNVFP4(QuarkScheme):
 
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """K must be a multiple of 16; ``weight_scale_2`` has one entry a shard if shards are fused."""
-        tensors = block_weight_tensors(FORMAT, widths, k)
+        tensors = super().weight_tensors(widths, k, params_dtype)
         return {**tensors, "weight_scale_2": torch.empty([len(widths)] * (len(widths) > 1), dtype=torch.float32)}
 
     def merge_shards(self, layer: Any) -> None:
@@ -92,5 +92,5 @@ class QuarkNVFP4(QuarkScheme):
         """Blocks along K under a global scale for ``amax``: amd-quark has one for q, k and v, one for gate and up."""
         f = block.BLOCK_FORMATS[FORMAT]
         global_scale = f.global_scale(amax)
-        codes, scales = quantize_block_weight(weight, FORMAT, "combined", global_scale)
+        codes, scales = self.quantize_blocks(weight, "combined", global_scale)
         return {"weight": codes, "weight_scale": scales, "weight_scale_2": global_scale}

@@ -1,10 +1,12 @@
 """Every private Inductor name the passes and the backend use, and what differs between torch 2.11 and 2.13."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters, dynamo_timed
+from torch._functorch import config as functorch_config
 from torch._inductor import config, custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
@@ -34,6 +36,7 @@ __all__ = [
     "config",
     "counters",
     "dynamo_timed",
+    "graphs_not_cached",
     "list_mode_options",
     "pass_list",
     "register_graph_pattern",
@@ -71,6 +74,13 @@ def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tenso
             expr.users = MULTIPLE
         todo += [a for a in getattr(expr, "flat_args_kwargs", ((),))[0] if isinstance(a, PatternExpr)]
     return pattern
+
+
+@contextlib.contextmanager
+def graphs_not_cached() -> Iterator[None]:
+    """Inside, no graph comes from a cache: every pass runs."""
+    with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
 
 
 def pass_list(passes: list[Any]) -> Any:

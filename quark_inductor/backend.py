@@ -75,6 +75,25 @@ def quark(
     The passes a user has set in ``torch._inductor.config`` or in ``options`` run too: before our rules, and after our
     late decomposition.
     """
+    return compile_graph(gm, example_inputs, *split_options(mode, options))
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    own: "Options",
+    theirs: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph that Dynamo made.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        own: options of this package.
+        theirs: Inductor's options.
+        inner_compile: what makes code of the rewritten graph; Inductor by default.
+    """
     # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
     from quark_inductor.lowering import registry as lowerings  # noqa: F401
     from quark_inductor.lowering.base import forcing
@@ -82,7 +101,8 @@ def quark(
     from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
     from quark_inductor.schemes import registry as schemes  # noqa: F401
 
-    own, patches = split_options(mode, options)
+    patches = dict(theirs)
+    compilers: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
 
     def users(hook: str) -> list[Any]:
         theirs = patches.get(hook, getattr(config, hook))
@@ -92,7 +112,7 @@ def quark(
     patches[before] = pass_list([*users(before), RulesPass(own)])
     patches[after] = pass_list([LateDecompositionPass(own), *users(after)])
     with forcing(own.provider):
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **compilers)
     return compiled
 
 

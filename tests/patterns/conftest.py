@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
+from quark_inductor import testing
 from quark_inductor.patterns import _inductor
-from quark_inductor.patterns.pipeline import GraphResult, collect_results
+from quark_inductor.patterns.pipeline import GraphResult
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import QuarkLinear, scheme_for, set_parameters
 from quark_inductor.schemes.spec import PRESETS
@@ -70,18 +71,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
 
 @pytest.fixture
-def rewrite(interpreted: list[torch.fx.GraphModule]) -> Callable[..., Rewritten]:
-    """``torch.compile(..., backend="quark")`` of a function that makes one graph, up to the kernels."""
+def rewrite() -> Callable[..., Rewritten]:
+    """``quark_inductor.testing.rewrite``, with options of this package as keyword arguments."""
 
     def run(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **options: Any) -> Rewritten:
-        torch._dynamo.reset()
-        interpreted.clear()
-        with collect_results() as results:
-            named = {f"quark.{name}": value for name, value in options.items()}
-            compiled = torch.compile(fn, backend="quark", fullgraph=True, dynamic=dynamic, options=named)
-            output = compiled(*args)
-        (result,), (gm,) = results, interpreted
-        return Rewritten(output, result, gm.graph)
+        named = {f"quark.{name}": value for name, value in options.items()}
+        done = testing.rewrite(fn, *args, dynamic=dynamic, options=named)
+        return Rewritten(done.output, done.result, done.after)
 
     return run
 

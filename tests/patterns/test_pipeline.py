@@ -136,8 +136,9 @@ def test_a_model_that_is_fused_logs_nothing(
 
 def test_strict_names_every_layer(rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear]) -> None:
     model = Mlp(linear, "mxfp4")
+    options = {"quark.provider": "emulation", "quark.strict": True}
     with pytest.raises(BackendCompilerFailed) as error:
-        rewrite(model, torch.randn(3, 64), provider="emulation", strict=True)
+        torch.compile(model, backend="quark", options=options)(torch.randn(3, 64))
     cause: Any = error.value.inner_exception
     while not isinstance(cause, NotFusedError):
         cause = cause.__cause__

@@ -15,7 +15,9 @@ from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunctionVarArgs,
+    FailedMatch,
     Match,
+    MatchContext,
     PatternExpr,
     PatternMatcherPass,
     _TargetExpr,
@@ -32,6 +34,7 @@ __all__ = [
     "Match",
     "PatternExpr",
     "PatternMatcherPass",
+    "attempt",
     "compile_fx",
     "config",
     "counters",
@@ -74,6 +77,18 @@ def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tenso
             expr.users = MULTIPLE
         todo += [a for a in getattr(expr, "flat_args_kwargs", ((),))[0] if isinstance(a, PatternExpr)]
     return pattern
+
+
+def attempt(pattern: PatternExpr, node: torch.fx.Node) -> tuple[int, FailedMatch]:
+    """How many calls of a pattern that does not match a node are there, and where it fails."""
+    context = MatchContext([pattern], graph=node.graph)
+    try:
+        result = context.match(pattern, node)
+    except FailedMatch as e:
+        result = e
+    assert isinstance(result, FailedMatch), "a pattern that matches has a rule that refuses"
+    found = [p for p, n in context.pattern_to_node.items() if n is not None and isinstance(p, _TargetExpr)]
+    return len(found), result
 
 
 @contextlib.contextmanager

@@ -18,6 +18,17 @@ from quark_inductor.schemes.errors import QuarkInductorError
 from quark_inductor.schemes.ops import dtype_name
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_aten = torch.ops.aten
+# What ends the way back from an operand to what it was computed from: another product, or a look-up.
+PRODUCTS = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten.baddbmm.default,
+        _aten.embedding.default,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

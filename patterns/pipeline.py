@@ -20,9 +20,10 @@ from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import provider_names
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
-from quark_inductor.patterns.base import Options, PassResult, Refusal, layer_of, registered_rules
+from quark_inductor.patterns.base import PRODUCTS, Options, PassResult, Refusal, layer_of, registered_rules
 from quark_inductor.patterns.canonicalize import cse, hoist_views
 from quark_inductor.patterns.late_decomposition import late_decomposition
+from quark_inductor.patterns.nearest import nearest
 from quark_inductor.schemes.errors import NotFusedError
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,6 @@ def _timed(name: str, run: Callable[[Graph], int], graph: Graph) -> PassResult:
     return PassResult(name, run(graph), (), (time.perf_counter() - start) * 1e3)
 
 
-_GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.embedding.default}
-
-
 def _comes_from_codes(operand: Any) -> bool:
     """Whether a tensor is computed from stored integers or FP8, and from nothing that another GEMM computed."""
     seen: set[Node] = set()
@@ -72,7 +70,7 @@ def _comes_from_codes(operand: Any) -> bool:
         if not isinstance(node, Node) or node in seen:
             continue
         seen.add(node)
-        if node.target in _GEMMS:
+        if node.target in PRODUCTS:
             return False
         val = node.meta.get("val")
         if not node.all_input_nodes and isinstance(val, torch.Tensor):
@@ -105,10 +103,10 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     graph.eliminate_dead_code()
     graph.lint()
     reasons = {r.layer: r for p in passes for r in p.refusals}
-    unfused = []
+    unfused, known = [], dict[Any, str]()
     for node in unfused_gemms(graph):
         layer = layer_of(node)
-        unfused.append(reasons.get(layer, Refusal("no rule's pattern is this graph", layer)))
+        unfused.append(reasons.get(layer) or Refusal(nearest(node, known), layer))
     result = GraphResult(tuple(passes), tuple(unfused))
     _report(result)
     if unfused and options.strict:

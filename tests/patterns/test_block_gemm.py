@@ -133,5 +133,5 @@ def test_no_match_is_reported(rewrite: Callable[..., Any], model: type[MxLinear]
     module, args = model(), activation(3)
     done = rewrite(module, *args)
     assert done.fused() == {"block_dequantize": 2}
-    assert [u.reason for u in done.result.unfused] == ["no rule's pattern is this graph"]
+    assert ["no rule's pattern is this graph" in u.reason for u in done.result.unfused] == [True]
     assert torch.equal(done.output, module(*args))

@@ -218,5 +218,5 @@ def test_no_match_is_reported(rewrite: Callable[..., Any], model: type[Fp8Linear
     module, args = model(torch.bfloat16), activation(3, dtype=torch.bfloat16)
     done = rewrite(module, *args)
     assert done.fused() == {}
-    assert [u.reason for u in done.result.unfused] == ["no rule's pattern is this graph"]
+    assert ["no rule's pattern is this graph" in u.reason for u in done.result.unfused] == [True]
     assert torch.equal(done.output, module(*args))

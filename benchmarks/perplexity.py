@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from quark_inductor.__main__ import cache_folder
 from quark_inductor.demo import fetch_model, load_float
 from quark_inductor.quantize import quantize_
 from quark_inductor.schemes.base import QuarkLinear
@@ -57,7 +58,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("schemes", nargs="*", default=list(PRESETS), metavar="SCHEME")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "quark-inductor")
+    parser.add_argument("--cache", type=Path, default=cache_folder())
     args = parser.parse_args()
     tokenizer, float_model = load_float(fetch_model(args.cache))
     text = resources.files("quark_inductor").joinpath("perplexity.txt").read_text(encoding="utf-8")

@@ -204,6 +204,13 @@ def refuse_unless_provided(
     return None if selection.provider else "; ".join(selection.refusals)
 
 
+def refuse_two_dtypes(match: Match) -> str | None:
+    """``None`` if a match's activation ``x`` has the dtype of its result, as a GEMM that quantizes it wants."""
+    x, y = value(match.kwargs["x"]), value(match.output_node())
+    same = x.dtype == y.dtype
+    return None if same else f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
+
+
 def with_and_without_bias(
     search: Callable[..., Any], example: Mapping[str, torch.Tensor], n: int, dtype: torch.dtype, **facts: Any
 ) -> Iterable[Variant]:

@@ -26,9 +26,9 @@ from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 FORMATS = ("mxfp4",)
 
 
-def quantized_example(rows: int, k: int, prefix: str) -> dict[str, torch.Tensor]:
-    """A block-quantized ``[rows, K]`` operand to trace with, as the arguments ``prefix`` and ``prefix_scale``."""
-    f = BLOCK_FORMATS[FORMATS[0]]
+def quantized_example(fmt: str, rows: int, k: int, prefix: str) -> dict[str, torch.Tensor]:
+    """A ``[rows, K]`` operand in a block format to trace with, as the arguments ``prefix`` and ``prefix_scale``."""
+    f = BLOCK_FORMATS[fmt]
     codes = torch.zeros(rows, f.packed(k), dtype=f.codes_dtype)
     return {prefix: codes, f"{prefix}_scale": torch.zeros(rows, k // f.size, dtype=f.scales_dtype)}
 
@@ -42,8 +42,8 @@ class BlockGemm(Rule):
     def variants(self) -> Iterable[Variant]:
         """Each of ``FORMATS`` and result dtype, with and without bias."""
         m, n, k = 3, 5, 64
-        example = quantized_example(m, k, "x") | quantized_example(n, k, "weight")
         for fmt in FORMATS:
+            example = quantized_example(fmt, m, k, "x") | quantized_example(fmt, n, k, "weight")
             for dtype in FLOAT_DTYPES:
                 facts: dict[str, Any] = {"x_format": fmt, "weight_format": fmt, "out_dtype": ops.dtype_name(dtype)}
                 yield from with_and_without_bias(functools.partial(ops.block_gemm, **facts), example, n, dtype, **facts)

@@ -19,6 +19,7 @@ from quark_inductor.patterns.base import (
     Rule,
     Variant,
     fused_call,
+    refuse_two_dtypes,
     refuse_unless_provided,
     register_rule,
     value,
@@ -60,23 +61,21 @@ class BlockPrologue(Rule):
     name = "block_prologue"
 
     def variants(self) -> Iterable[Variant]:
-        """Every format, scale rule and dtype, with and without bias."""
+        """Each of ``FORMATS`` with scale rule "even", every dtype, with and without bias."""
         m, n, k = 3, 5, 64
         for fmt in FORMATS:
-            for rule in ("even",):
-                for dtype in FLOAT_DTYPES:
-                    facts: dict[str, Any] = {"x_format": fmt, "scale_rule": rule, "weight_format": fmt}
-                    search = functools.partial(_quantize_then_gemm, **facts, out_dtype=ops.dtype_name(dtype))
-                    example = {"x": torch.zeros(m, k, dtype=dtype)} | quantized_example(n, k, "weight")
-                    yield from with_and_without_bias(search, example, n, dtype, **facts)
+            for dtype in FLOAT_DTYPES:
+                facts: dict[str, Any] = {"x_format": fmt, "scale_rule": "even", "weight_format": fmt}
+                search = functools.partial(_quantize_then_gemm, **facts, out_dtype=ops.dtype_name(dtype))
+                example = {"x": torch.zeros(m, k, dtype=dtype)} | quantized_example(fmt, n, k, "weight")
+                yield from with_and_without_bias(search, example, n, dtype, **facts)
 
     def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
         """A provider can run it, and the activation's dtype is the result's."""
-        x, y = value(match.kwargs["x"]), value(match.output_node())
-        if x.dtype != y.dtype:
-            return f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
-        formats = (facts["x_format"], facts["weight_format"])
-        return refuse_unless_provided("block_prologue_gemm", match, options, k=x.shape[1], formats=formats)
+        if (reason := refuse_two_dtypes(match)) is not None:
+            return reason
+        formats, k = (facts["x_format"], facts["weight_format"]), value(match.kwargs["x"]).shape[1]
+        return refuse_unless_provided("block_prologue_gemm", match, options, k=k, formats=formats)
 
     def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
         """One ``block_prologue_gemm``."""

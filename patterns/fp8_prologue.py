@@ -18,6 +18,7 @@ from quark_inductor.patterns.base import (
     Rule,
     Variant,
     fused_call,
+    refuse_two_dtypes,
     refuse_unless_provided,
     register_rule,
     value,
@@ -69,15 +70,13 @@ class Fp8Prologue(Rule):
 
     def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
         """One dtype throughout, a scale the op knows, and a provider can run it."""
-        x, y = value(match.kwargs["x"]), value(match.output_node())
-        if x.dtype != y.dtype:
-            return f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
+        if (reason := refuse_two_dtypes(match)) is not None:
+            return reason
         scale = match.kwargs.get("x_scale")
         if scale is not None and value(scale).ndim != 0:
             return f"the activation's scale has shape {tuple(value(scale).shape)} and is not amax / 448 of its rows"
-        return refuse_unless_provided(
-            "fp8_prologue_gemm", match, options, k=x.shape[1], granularity=facts["granularity"]
-        )
+        k = value(match.kwargs["x"]).shape[1]
+        return refuse_unless_provided("fp8_prologue_gemm", match, options, k=k, granularity=facts["granularity"])
 
     def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
         """One ``fp8_prologue_gemm``."""

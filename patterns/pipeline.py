@@ -103,7 +103,8 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     graph.eliminate_dead_code()
     graph.lint()
     reasons = {r.layer: r for p in passes for r in p.refusals}
-    unfused, known = [], dict[Any, str]()
+    unfused: list[Refusal] = []
+    known: dict[Any, str] = {}
     for node in unfused_gemms(graph):
         layer = layer_of(node)
         unfused.append(reasons.get(layer) or Refusal(nearest(node, known), layer))

@@ -9,7 +9,8 @@ from pathlib import Path
 from quark_inductor import __version__
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloads are kept by default: a folder of ours in the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "quark-inductor"
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     demo.add_argument(
-        "--cache", type=Path, default=_cache_folder(), metavar="DIR", help="where the model is kept (%(default)s)"
+        "--cache", type=Path, default=cache_folder(), metavar="DIR", help="where the model is kept (%(default)s)"
     )
     arguments = parser.parse_args(argv)
 

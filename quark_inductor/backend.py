@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from quark_inductor.patterns.base import Options
 
 PREFIX = "quark."
+# Inductor's hooks where our rules run, and our late decomposition.
+BEFORE, AFTER = "joint_custom_pre_pass", "post_grad_custom_post_pass"
 
 
 def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple["Options", dict[str, Any]]:
@@ -78,6 +80,14 @@ def quark(
     return compile_graph(gm, example_inputs, *split_options(mode, options))
 
 
+def users_passes(theirs: Mapping[str, Any], hook: str) -> list[Any]:
+    """The passes a user has put into one of Inductor's hooks, by options or in ``torch._inductor.config``."""
+    from quark_inductor.patterns._inductor import config
+
+    passes = theirs.get(hook, getattr(config, hook))
+    return list(passes) if isinstance(passes, list | tuple) else [passes] if passes else []
+
+
 def compile_graph(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -97,20 +107,15 @@ def compile_graph(
     # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
     from quark_inductor.lowering import registry as lowerings  # noqa: F401
     from quark_inductor.lowering.base import forcing
-    from quark_inductor.patterns._inductor import compile_fx, config, pass_list
+    from quark_inductor.patterns._inductor import compile_fx, pass_list
     from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
     from quark_inductor.schemes import registry as schemes  # noqa: F401
 
     patches = dict(theirs)
     compilers: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
 
-    def users(hook: str) -> list[Any]:
-        theirs = patches.get(hook, getattr(config, hook))
-        return list(theirs) if isinstance(theirs, list | tuple) else [theirs] if theirs else []
-
-    before, after = "joint_custom_pre_pass", "post_grad_custom_post_pass"
-    patches[before] = pass_list([*users(before), RulesPass(own)])
-    patches[after] = pass_list([LateDecompositionPass(own), *users(after)])
+    patches[BEFORE] = pass_list([*users_passes(theirs, BEFORE), RulesPass(own)])
+    patches[AFTER] = pass_list([LateDecompositionPass(own), *users_passes(theirs, AFTER)])
     with forcing(own.provider):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **compilers)
     return compiled

@@ -11,9 +11,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quark_inductor import checkpoint, files
-from quark_inductor.loading import Accounting, account, fill_zero_points, finish, insert_linears
+from quark_inductor.loading import Accounting, account, assign, fill_zero_points, finish, insert_linears
 from quark_inductor.schemes.base import PER_CALL
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
+from quark_inductor.schemes.ops import dtype_of
 
 
 class QuarkInductorConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -47,7 +48,7 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
         stored: dict[str, files.StoredTensor] = {}
         for file in checkpoint_files:
             stored |= files.header(Path(file))
-        if any(name != new for new, tensor in files.canonical_names(stored).items() if (name := tensor.name)):
+        if files.canonical_names(stored).keys() != stored.keys():
             raise CheckpointError(
                 "the checkpoint has the tensor names of amd-quark 0.11; load it with quark_inductor.load instead"
             )
@@ -59,10 +60,7 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers casts a floating-point tensor to the dtype of what it replaces.
         for name, target in self._accounting.targets.items():
             if model.get_parameter_or_buffer(name).dtype != target.dtype:
-                owner, _, parameter = name.rpartition(".")
-                model.get_submodule(owner).register_parameter(
-                    parameter, torch.nn.Parameter(target, requires_grad=False)
-                )
+                assign(model, name, target)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._accounting is not None
@@ -88,10 +86,10 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
 def _stored_dtype(directory: Path) -> torch.dtype:
     config = files.read_json(directory / files.CONFIG)
     name = (config.get("dtype") or config.get("torch_dtype") or "float32") if isinstance(config, dict) else None
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{directory / files.CONFIG}: dtype is {name!r}, expected one such as 'bfloat16'")
-    return dtype
+    try:
+        return dtype_of(str(name))
+    except ValueError as e:
+        raise ConfigError(f"{directory / files.CONFIG}: dtype: {e}") from e
 
 
 def register_hf() -> None:

@@ -35,8 +35,7 @@ def load(
     """Load a checkpoint written by AMD Quark, or a float one that is quantized on the way.
 
     Needs no amd-quark and runs no code of the checkpoint's (no pickle, no remote code). Memory stays near the
-    checkpoint's
-    size: the model is built without memory and filled tensor by tensor.
+    checkpoint's size: the model is built without memory and filled tensor by tensor.
 
     Args:
         path: a directory with ``config.json`` and safetensors files, or the id of a model on the Hugging Face hub.
@@ -312,7 +311,7 @@ def account(
     persistent = model.state_dict(keep_vars=True)
     targets: dict[str, Tensor] = {n: t for n, t in persistent.items() if isinstance(t, Tensor)}
     for name, linear in (online or {}).items():
-        for parameter in linear.scheme.weight_tensors(linear.logical_widths, linear.in_features, linear.params_dtype):
+        for parameter in linear.weight_names():
             del targets[f"{name.removesuffix('weight')}{parameter}"]
         targets[name] = torch.empty(linear.out_features, linear.in_features, dtype=linear.params_dtype, device="meta")
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -325,7 +324,7 @@ def account(
         if strict:
             raise CheckpointError(message)
         log.warning(message)
-    scales, zero_points = _scales_and_zero_points(model)
+    scales, zero_points = scales_and_zero_points(model)
     if missing := sorted(n for n in set(targets) - set(stored) - zero_points if n not in tied):
         hint = (
             "; amd-quark's direct_quantize_checkpoint leaves it out and packs the weight in another order than its "
@@ -403,7 +402,7 @@ def _console() -> Any:
     return console
 
 
-def _scales_and_zero_points(model: nn.Module) -> tuple[set[str], set[str]]:
+def scales_and_zero_points(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of the floating-point scales, and of the zero points that a checkpoint may leave out: all are 0."""
     scales, zero_points = set(), set()
     for name, module in model.named_modules():

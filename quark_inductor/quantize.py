@@ -102,9 +102,9 @@ def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterab
     Raises:
         ConfigError: no data; a Linear that saw none, or something that is not finite.
     """
-    seen: dict[str, _Seen] = {}
-    last: tuple[Tensor | None, list[str]] = None, []
-    groups: dict[str, set[str]] = {name: {name} for name in linears}
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    sharing: dict[str, set[str]] = {name: {name} for name in linears}
+    last: tuple[Tensor | None, str] = None, ""
 
     def observe(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -112,17 +112,13 @@ def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterab
             x = args[0]
             # Linears that read one activation are called one after the other with the same tensor.
             if last[0] is x:
-                for other in last[1]:
-                    groups[name] |= groups[other]
-                for other in groups[name]:
-                    groups[other] = groups[name]
-                last[1].append(name)
-            else:
-                last = x, [name]
+                together = sharing[last[1]] | sharing[name]
+                sharing.update(dict.fromkeys(together, together))
+            last = x, name
             amin, amax = x.aminmax()
-            if name in seen:
-                amin, amax = torch.minimum(amin, seen[name].amin), torch.maximum(amax, seen[name].amax)
-            seen[name] = _Seen(amin, amax, linears[name].weight.abs().amax())
+            if name in ranges:
+                amin, amax = torch.minimum(amin, ranges[name][0]), torch.maximum(amax, ranges[name][1])
+            ranges[name] = amin, amax
 
         return hook
 
@@ -136,13 +132,15 @@ def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterab
                 else:
                     model(inputs)
     for name in linears:
-        if name not in seen:
+        if name not in ranges:
             raise ConfigError(f"{name}: the calibration data never reached it; exclude it, or calibrate with more")
-        if not (seen[name].amin.isfinite() and seen[name].amax.isfinite()):
+        if not all(bound.isfinite() for bound in ranges[name]):
             raise ConfigError(f"{name}: its input was not finite for some of the calibration data")
-    for name, group in groups.items():
-        seen[name].weight_amax = torch.stack([linears[n].weight.abs().amax() for n in group]).amax()
-    return seen
+    amaxes = {name: linear.weight.abs().amax() for name, linear in linears.items()}
+    return {
+        name: _Seen(*ranges[name], torch.stack([amaxes[n] for n in together]).amax())
+        for name, together in sharing.items()
+    }
 
 
 @contextlib.contextmanager

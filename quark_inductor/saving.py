@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from quark_inductor import checkpoint, files
+from quark_inductor.loading import scales_and_zero_points
 from quark_inductor.schemes.base import AT_LOAD, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.ops import dtype_name
@@ -41,7 +42,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
-    scales = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters(recurse=False) if "_scale" in p}
+    scales, _ = scales_and_zero_points(model)
     floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:
         raise ConfigError(f"the model's float tensors have {len(floats)} dtypes ({floats}), expected one")

@@ -33,8 +33,7 @@ def table() -> str:
         op = scheme_for(spec).fused_op
         cells = []
         for _, target, tested in TARGETS:
-            problem = GemmProblem(op=op or "", m=None, n=4096, k=4096, dtype="bfloat16")
-            provider = None if op is None else select(target, problem).provider
+            provider = op and select(target, GemmProblem(op=op, m=None, n=4096, k=4096, dtype="bfloat16")).provider
             cells.append("emulated" if provider is None else "tested" if tested else "compiled only")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

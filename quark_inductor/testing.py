@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from quark_inductor.backend import compile_graph, split_options
+from quark_inductor.backend import BEFORE, compile_graph, split_options, users_passes
 from quark_inductor.patterns._inductor import CustomGraphPass, graphs_not_cached
 from quark_inductor.patterns.base import Refusal
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
@@ -111,16 +111,14 @@ def rewrite(
     """
     own, theirs = split_options(None, options)
     before, after = _Keep(), _Keep()
-    hook = "joint_custom_pre_pass"
-    given = theirs.get(hook)
-    users = list(given) if isinstance(given, list | tuple) else [given] if given else []
+    patches = {**theirs, BEFORE: [*users_passes(theirs, BEFORE), before]}
 
     def interpret(gm: GraphModule, example_inputs: Any, **unused: Any) -> GraphModule:
         after(gm.graph)
         return gm
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
-        return compile_graph(gm, example_inputs, own, {**theirs, hook: [*users, before]}, inner_compile=interpret)
+        return compile_graph(gm, example_inputs, own, patches, inner_compile=interpret)
 
     torch._dynamo.reset()
     with torch.no_grad(), graphs_not_cached(), collect_results() as results:

@@ -14,6 +14,7 @@ from torch import Tensor
 from quark_inductor.schemes.errors import ConfigError
 from quark_inductor.schemes.numerics import fp8, integer
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import TensorSpec
 
 
@@ -202,21 +203,15 @@ class BlockActivation(ActivationQuantizer):
 
     def fake_quantize(self, layer: Any, x: Tensor) -> Tensor:
         """See :class:`ActivationQuantizer`."""
+        scale = None
+        if self.stores_global_scale:
+            scale = self._stored(layer, "scale_2")
+        elif self.format.has_global_scale:
+            scale = self.format.global_scale(x.abs().amax() if x.numel() else x.new_zeros(()))
         q = torch.ops.quark_inductor
-        dtype = str(x.dtype).removeprefix("torch.")
-        if self.format.has_global_scale:
-            if self.stores_global_scale:
-                scale = self._stored(layer, "scale_2")
-            else:
-                scale = self.format.global_scale(x.abs().amax() if x.numel() else x.new_zeros(()))
-            codes, scales = q.block_quantize(x, self.name, self.scale_rule, scale)
-            result: Tensor = q.block_dequantize(codes, scales, self.name, dtype, scale)
-            return result
-        codes, scales = q.block_quantize(x, self.name, self.scale_rule)
-        if self.zero_scale:
-            result = q.block_dequantize(codes, scales, self.name, dtype, None, self.zero_scale)
-        else:
-            result = q.block_dequantize(codes, scales, self.name, dtype)
+        # Arguments that are the schema's defaults do not come into a traced graph.
+        codes, scales = q.block_quantize(x, self.name, self.scale_rule, scale)
+        result: Tensor = q.block_dequantize(codes, scales, self.name, dtype_name(x.dtype), scale, self.zero_scale)
         return result
 
 

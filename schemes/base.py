@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quark_inductor.schemes.activations import activation_quantizer
 from quark_inductor.schemes.errors import CheckpointError, ConfigError, QuarkInductorError, ShapeError
 from quark_inductor.schemes.ops import dtype_name
-from quark_inductor.schemes.spec import LinearSpec
+from quark_inductor.schemes.spec import LinearSpec, TensorSpec
 
 PER_CALL, AT_LOAD = "per_call", "at_load"
 
@@ -39,6 +39,12 @@ class QuarkScheme(ABC):
         self.spec = spec
         self.input = None if spec.input is None else activation_quantizer(spec.input, "input")
         self.output = None if spec.output is None else activation_quantizer(spec.output, "output")
+
+    @property
+    def weight(self) -> TensorSpec:
+        """How the weight is quantized, of a scheme that takes no spec without one."""
+        assert self.spec.weight is not None
+        return self.spec.weight
 
     @classmethod
     @abstractmethod
@@ -120,7 +126,7 @@ class QuarkScheme(ABC):
         set_parameters(layer, **self.weight_tensors(widths, k, params_dtype))
         for quantizer in (self.input, self.output):
             for name, tensor in (quantizer.tensors(params_dtype) if quantizer is not None else {}).items():
-                set_parameters(layer, **{name: tensor if len(widths) == 1 else tensor.expand(len(widths)).clone()})
+                set_parameters(layer, **{name: tensor.expand(per_shard(widths)).clone()})
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check the loaded numbers and bring them into the form the emulation reads. Called once, after loading.
@@ -152,6 +158,11 @@ class QuarkScheme(ABC):
         weight = layer.weight if layer.emulation == AT_LOAD else self.dequantize_weight(layer, x.dtype)
         y = F.linear(x, weight, bias)
         return y if self.output is None else self.output.fake_quantize(layer, y)
+
+
+def per_shard(widths: list[int]) -> list[int]:
+    """Shape of a number a tensor has one of: ``[shards]`` if shards are fused, else ``[]``."""
+    return [len(widths)] if len(widths) > 1 else []
 
 
 def _check_numbers(name: str, p: Tensor) -> None:
@@ -288,6 +299,10 @@ class QuarkLinear(nn.Module):
         fused.scheme.process_weights_after_loading(fused)
         return fused
 
+    def weight_names(self) -> list[str]:
+        """Names of the parameters that hold the weight: codes, scales, zero points."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name.startswith("weight")]
+
     def dequantize_(self) -> None:
         """Replace the codes by the weight's values, in the model's dtype: faster emulation, 2x to 4x the memory.
 
@@ -296,10 +311,8 @@ class QuarkLinear(nn.Module):
         if self.emulation == AT_LOAD or self.scheme.spec.weight is None:
             return
         weight = self.scheme.dequantize_weight(self, self.params_dtype)
-        keep = {"bias", *(n for n, _ in self.named_parameters(recurse=False) if n.startswith(("input_", "output_")))}
-        for name, _ in list(self.named_parameters(recurse=False)):
-            if name not in keep:
-                delattr(self, name)
+        for name in self.weight_names():
+            delattr(self, name)
         set_parameters(self, weight=weight)
         self.emulation = AT_LOAD
 

@@ -23,9 +23,8 @@ class BlockWeightScheme(QuarkScheme):
     @property
     def format(self) -> str:
         """The weight's block format."""
-        assert self.spec.weight is not None
-        assert self.spec.weight.block_format is not None
-        return self.spec.weight.block_format
+        assert self.weight.block_format is not None
+        return self.weight.block_format
 
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """K must be a multiple of the block."""
@@ -38,9 +37,10 @@ class BlockWeightScheme(QuarkScheme):
         }
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
-        """``element * scale`` in float32, then one cast (exact in bfloat16 for MX)."""
+        """``element * scale (* weight_scale_2)`` in float32, then one cast (exact in bfloat16 for MX)."""
+        global_scale = layer.weight_scale_2 if block.named(self.format).has_global_scale else None
         weight: Tensor = torch.ops.quark_inductor.block_dequantize(
-            layer.weight, layer.weight_scale, self.format, dtype_name(dtype)
+            layer.weight, layer.weight_scale, self.format, dtype_name(dtype), global_scale
         )
         return weight
 

@@ -1,8 +1,8 @@
 """MXFP8 weights and activations, quantized from a float model: vLLM's online method of this name."""
 
 from quark_inductor.schemes.base import register_scheme
-from quark_inductor.schemes.ocp_mx import QuarkOCP_MX
-from quark_inductor.schemes.spec import PRESETS, LinearSpec
+from quark_inductor.schemes.ocp_mx import QuarkOCP_MX, other_than
+from quark_inductor.schemes.spec import LinearSpec
 
 
 @register_scheme
@@ -19,6 +19,4 @@ class Mxfp8OnlineLinearMethod(QuarkOCP_MX):
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
         """Takes weight and input of the scheme name ``mxfp8``."""
-        preset = PRESETS["mxfp8"]
-        same = spec.weight == preset.weight and spec.input == preset.input
-        return None if same else f"takes only [{preset}]"
+        return other_than("mxfp8", spec)

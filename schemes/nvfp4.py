@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quark_inductor.schemes.base import register_scheme, set_parameters
+from quark_inductor.schemes.base import per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.block_weight import BlockWeightScheme
 from quark_inductor.schemes.numerics import block
-from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import LinearSpec
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class QuarkNVFP4(BlockWeightScheme):
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """K must be a multiple of 16; ``weight_scale_2`` has one entry a shard if shards are fused."""
         tensors = super().weight_tensors(widths, k, params_dtype)
-        return {**tensors, "weight_scale_2": torch.empty([len(widths)] * (len(widths) > 1), dtype=torch.float32)}
+        return {**tensors, "weight_scale_2": torch.empty(per_shard(widths), dtype=torch.float32)}
 
     def merge_shards(self, layer: Any) -> None:
         """The largest global scale for all; the block scales of the others are scaled down to it, and rounded."""
@@ -77,20 +76,12 @@ class QuarkNVFP4(BlockWeightScheme):
             layer.register_buffer("alpha", layer.input_scale_2 * layer.weight_scale_2, persistent=False)
             layer.register_buffer("input_global_scale_inv", 1 / layer.input_scale_2, persistent=False)
 
-    def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
-        """``element * (scale * weight_scale_2)`` in float32, then one cast."""
-        weight: Tensor = torch.ops.quark_inductor.block_dequantize(
-            layer.weight, layer.weight_scale, FORMAT, dtype_name(dtype), layer.weight_scale_2
-        )
-        return weight
-
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Blocks along K under a global scale for the weight's own largest magnitude."""
         return self.quantize_shared_weight(weight, weight.abs().amax())
 
     def quantize_shared_weight(self, weight: Tensor, amax: Tensor) -> Mapping[str, Tensor]:
         """Blocks along K under a global scale for ``amax``: amd-quark has one for q, k and v, one for gate and up."""
-        f = block.BLOCK_FORMATS[FORMAT]
-        global_scale = f.global_scale(amax)
+        global_scale = block.BLOCK_FORMATS[FORMAT].global_scale(amax)
         codes, scales = self.quantize_blocks(weight, "combined", global_scale)
         return {"weight": codes, "weight_scale": scales, "weight_scale_2": global_scale}

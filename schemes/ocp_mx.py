@@ -7,7 +7,13 @@ from torch import Tensor
 from quark_inductor.schemes.activations import Fp8Activation
 from quark_inductor.schemes.base import register_scheme
 from quark_inductor.schemes.block_weight import BlockWeightScheme
-from quark_inductor.schemes.spec import LinearSpec, TensorSpec
+from quark_inductor.schemes.spec import PRESETS, LinearSpec, TensorSpec
+
+
+def other_than(preset: str, spec: LinearSpec) -> str | None:
+    """A refusal of every spec whose weight and input are not those of a scheme name."""
+    taken = PRESETS[preset]
+    return None if (spec.weight, spec.input) == (taken.weight, taken.input) else f"takes only [{taken}]"
 
 
 def is_mx(spec: TensorSpec | None) -> bool:
@@ -39,8 +45,7 @@ class QuarkOCP_MX(BlockWeightScheme):
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Blocks along K. A block amd-quark would scale by ``2**-127`` is stored with byte 1."""
-        assert self.spec.weight is not None
-        rule = self.spec.weight.scale_calculation_mode or "even"
+        rule = self.weight.scale_calculation_mode or "even"
         codes, scales = self.quantize_blocks(weight, rule)
         # amd-quark takes log2(max(scale, 2**-126)) when it stores a scale (utils/numerics.py: to_e8m0_uint8).
         return {"weight": codes, "weight_scale": scales if rule == "rceil" else scales.clamp(min=1)}

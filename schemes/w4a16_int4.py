@@ -11,7 +11,6 @@ from quark_inductor.schemes.base import QuarkScheme, register_scheme
 from quark_inductor.schemes.errors import ShapeError
 from quark_inductor.schemes.numerics import int4, integer
 from quark_inductor.schemes.spec import LinearSpec
-from quark_inductor.schemes.w8a8_int8 import dequantize_groups
 
 
 @register_scheme
@@ -45,8 +44,7 @@ class QuarkW4A16Int4(QuarkScheme):
 
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """N must be a multiple of 8; per channel K too, per group K a multiple of the group."""
-        w, n = self.spec.weight, sum(widths)
-        assert w is not None
+        w, n = self.weight, sum(widths)
         if any(width % 8 for width in widths):
             raise ShapeError(f"N = {n} output features: {w.dtype} needs a multiple of 8; exclude this layer")
         if k % (w.group_size or 8):
@@ -64,24 +62,19 @@ class QuarkW4A16Int4(QuarkScheme):
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""
-        w = self.spec.weight
-        assert w is not None
+        w = self.weight
         signed, method = w.dtype == "int4", self.spec.pack_method
         zero_point = int4.unpack(layer.weight_zero_point, method, signed, layer.out_features)
         if w.group_size is None:
             codes = int4.unpack(layer.weight, method, signed, layer.in_features)
             return integer.dequantize(codes, layer.weight_scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype)
         codes = int4.unpack(layer.weight, method, signed, layer.out_features)
-        return dequantize_groups(codes.t(), layer.weight_scale.t(), zero_point.t(), dtype)
+        return integer.dequantize_groups(codes.t(), layer.weight_scale.t(), zero_point.t(), dtype)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """See :func:`.numerics.integer.parameters` and :func:`.numerics.integer.quantize_weight`."""
-        w = self.spec.weight
-        assert w is not None
-        blocks = weight if w.group_size is None else weight.unflatten(-1, (-1, w.group_size))
-        scale, zero_point = integer.parameters(blocks, w.dtype, w.symmetric, -1)
-        codes = integer.quantize_weight(blocks, scale, zero_point, w.dtype).view(weight.shape)
-        scale, zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
+        """See :func:`.numerics.integer.quantized_weight`."""
+        w = self.weight
+        codes, scale, zero_point = integer.quantized_weight(weight, w.dtype, w.symmetric, group_size=w.group_size)
         if w.group_size is not None:
             codes, scale, zero_point = codes.t(), scale.t().contiguous(), zero_point.t()
         method = self.spec.pack_method

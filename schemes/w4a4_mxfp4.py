@@ -1,8 +1,8 @@
 """MXFP4 weights, MXFP4 activations quantized at run time: amd-quark's scheme ``mxfp4``."""
 
 from quark_inductor.schemes.base import register_scheme
-from quark_inductor.schemes.ocp_mx import QuarkOCP_MX
-from quark_inductor.schemes.spec import PRESETS, LinearSpec
+from quark_inductor.schemes.ocp_mx import QuarkOCP_MX, other_than
+from quark_inductor.schemes.spec import LinearSpec
 
 
 @register_scheme
@@ -14,9 +14,7 @@ class QuarkW4A4MXFP4(QuarkOCP_MX):
     @classmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
         """Takes weight and input of the scheme name ``mxfp4``."""
-        preset = PRESETS["mxfp4"]
-        same = spec.weight == preset.weight and spec.input == preset.input
-        return None if same else f"takes only [{preset}]"
+        return other_than("mxfp4", spec)
 
     @property
     def fused_op(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.schemes.activations import Fp8Activation
-from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
 from quark_inductor.schemes.numerics import fp8, int4, integer
 from quark_inductor.schemes.spec import LinearSpec
@@ -47,7 +47,7 @@ class QuarkW4A8_INT4_FP8(QuarkScheme):
             raise ShapeError(f"N = {n}, K = {k}: int4 needs multiples of 8; exclude this layer")
         return {
             "weight": torch.empty(n, k // 8, dtype=torch.int32),
-            "weight_scale": torch.empty([len(widths)] * (len(widths) > 1), dtype=torch.float32),
+            "weight_scale": torch.empty(per_shard(widths), dtype=torch.float32),
             "weight_scale_2": torch.empty(n, dtype=torch.float32),
             "weight_zero_point_2": torch.empty(n // 8, dtype=torch.int32),
         }
@@ -73,11 +73,10 @@ class QuarkW4A8_INT4_FP8(QuarkScheme):
         """
         scale = fp8.dynamic_scale(weight, "per_tensor", scale_dtype=torch.float32)
         stage = fp8.quantize(weight, scale).to(weight.dtype)
-        scale_2, zero_point = integer.parameters(stage, "int4", True, -1)
-        codes = integer.quantize_weight(stage, scale_2, zero_point, "int4")
+        codes, scale_2, zero_point = integer.quantized_weight(stage, "int4", symmetric=True)
         return {
             "weight": int4.pack(codes, self.spec.pack_method),
             "weight_scale": scale,
-            "weight_scale_2": scale_2.squeeze(-1).float(),
-            "weight_zero_point_2": int4.pack(zero_point.squeeze(-1), self.spec.pack_method),
+            "weight_scale_2": scale_2.float(),
+            "weight_zero_point_2": int4.pack(zero_point, self.spec.pack_method),
         }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.schemes.activations import Fp8Activation
-from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
 from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.spec import LinearSpec
@@ -46,22 +46,20 @@ class QuarkW8A8Fp8(QuarkScheme):
     @property
     def fused_op(self) -> str | None:
         """A GEMM that quantizes its activation: E4M3, without groups or blocks."""
-        w, x = self.spec.weight, self.spec.input
-        assert w is not None
+        w, x = self.weight, self.spec.input
         plain = w.qscheme != "per_block" and x is not None and x.qscheme != "per_group"
         return "fp8_prologue_gemm" if plain and w.dtype == "fp8_e4m3" else None
 
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Any size. A per-tensor scale has one entry a shard if shards are fused; blocks may not cross shards."""
-        w, n = self.spec.weight, sum(widths)
-        assert w is not None
+        w, n = self.weight, sum(widths)
         if w.block_size is not None:
             rows, columns = w.block_size
             if any(width % rows for width in widths[:-1]):
                 raise ShapeError(f"shards of {widths} output features cannot be fused: blocks have {rows} rows")
             shape = [sum(-(-width // rows) for width in widths), -(-k // columns)]
         else:
-            shape = [n] if w.qscheme == "per_channel" else [len(widths)] * (len(widths) > 1)
+            shape = [n] if w.qscheme == "per_channel" else per_shard(widths)
         dtype = torch.float32 if w.scale_type == "float32" else params_dtype
         return {"weight": torch.empty(n, k, dtype=fp8.DTYPES[w.dtype]), "weight_scale": torch.empty(shape, dtype=dtype)}
 
@@ -92,16 +90,14 @@ class QuarkW8A8Fp8(QuarkScheme):
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``code * scale`` in float32, then one cast."""
-        assert self.spec.weight is not None
-        return fp8.dequantize_weight(layer.weight, layer.weight_scale, dtype, self.spec.weight.block_size)
+        return fp8.dequantize_weight(layer.weight, layer.weight_scale, dtype, self.weight.block_size)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """``scale = amax / 448`` (E5M2: 57344) per tensor, row or block, codes rounded half to even.
 
         All in the dtype of ``weight``; blocks, and scales of type float32, in float32.
         """
-        w = self.spec.weight
-        assert w is not None
+        w = self.weight
         dtype = fp8.DTYPES[w.dtype]
         if w.block_size is not None:
             codes, scales = fp8.quantize_blocks(weight, w.block_size, dtype)

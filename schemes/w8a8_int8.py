@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.schemes.activations import IntegerActivation
-from quark_inductor.schemes.base import QuarkScheme, register_scheme, set_parameters
+from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
 from quark_inductor.schemes.numerics import integer
 from quark_inductor.schemes.spec import LinearSpec
@@ -47,8 +47,7 @@ class QuarkW8A8Int8(QuarkScheme):
 
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """By groups K must be a multiple of the group. A per-tensor scale has one entry a shard if shards are fused."""
-        w, n = self.spec.weight, sum(widths)
-        assert w is not None
+        w, n = self.weight, sum(widths)
         codes, scale_dtype = integer.codes_dtype(w.dtype), params_dtype
         shape, per_scale = [n, k], [n]
         if w.group_size is not None:
@@ -56,7 +55,7 @@ class QuarkW8A8Int8(QuarkScheme):
                 raise ShapeError(f"K = {k} input features: needs a multiple of {w.group_size}; exclude this layer")
             shape, per_scale = [k, n], [k // w.group_size, n]
         elif w.qscheme == "per_tensor":
-            per_scale, scale_dtype = [len(widths)] * (len(widths) > 1), torch.float32
+            per_scale, scale_dtype = per_shard(widths), torch.float32
         return {
             "weight": torch.empty(shape, dtype=codes),
             "weight_scale": torch.empty(per_scale, dtype=scale_dtype),
@@ -65,7 +64,7 @@ class QuarkW8A8Int8(QuarkScheme):
 
     def merge_shards(self, layer: Any) -> None:
         """Per tensor becomes per channel: each row keeps its shard's scale."""
-        if self.spec.weight is not None and self.spec.weight.qscheme == "per_tensor":
+        if self.weight.qscheme == "per_tensor":
             widths = torch.tensor(layer.logical_widths, device=layer.weight_scale.device)
             for name in ("weight_scale", "weight_zero_point"):
                 set_parameters(layer, **{name: getattr(layer, name).data.repeat_interleave(widths)})
@@ -85,28 +84,17 @@ class QuarkW8A8Int8(QuarkScheme):
         return self._dequantize(layer.weight, layer.weight_scale, layer.weight_zero_point, dtype)
 
     def _dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self.spec.weight is not None
-        if self.spec.weight.group_size is not None:
-            return dequantize_groups(codes.t(), scale.t(), zero_point.t(), dtype)
+        if self.weight.group_size is not None:
+            return integer.dequantize_groups(codes.t(), scale.t(), zero_point.t(), dtype)
         if scale.ndim == 1:
             scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         return integer.dequantize(codes, scale, zero_point, dtype)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """See :func:`.numerics.integer.parameters` and :func:`.numerics.integer.quantize_weight`."""
-        w = self.spec.weight
-        assert w is not None
-        blocks = weight if w.group_size is None else weight.unflatten(-1, (-1, w.group_size))
-        scale, zero_point = integer.parameters(blocks, w.dtype, w.symmetric, None if w.qscheme == "per_tensor" else -1)
-        codes = integer.quantize_weight(blocks, scale, zero_point, w.dtype).view(weight.shape)
-        zero_point = zero_point.to(codes.dtype)
-        if w.qscheme != "per_tensor":
-            scale, zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
-        tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
+        """See :func:`.numerics.integer.quantized_weight`."""
+        w = self.weight
+        codes, scale, zero_point = integer.quantized_weight(
+            weight, w.dtype, w.symmetric, w.qscheme == "per_tensor", w.group_size
+        )
+        tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point.to(codes.dtype)}
         return tensors if w.group_size is None else {name: t.t().contiguous() for name, t in tensors.items()}
-
-
-def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(code - zero_point) * scale`` of codes ``[N, K]`` with scales and zero points ``[N, K/G]``, in ``dtype``."""
-    groups = codes.unflatten(-1, (scale.shape[-1], -1))
-    return integer.dequantize(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype).flatten(-2)

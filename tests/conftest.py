@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,23 @@ import pytest
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="quark-inductor-tests-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No graph of another test's, from memory or from a cache; kernels are reused where their source is the same."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from quark_inductor.lowering import target
+    from quark_inductor.patterns._inductor import graphs_not_cached
+
+    torch._dynamo.reset()
+    counters.clear()
+    with graphs_not_cached(), torch.no_grad():
+        yield
+    torch._dynamo.reset()
+    target.current.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

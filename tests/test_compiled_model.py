@@ -6,7 +6,6 @@ checked), eager and compiled differ only in what is added to the residual stream
 operations that follow it. See :func:`logits_bound`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,11 @@ from quark_inductor.patterns.pipeline import collect_results
 from quark_inductor.schemes.base import QuarkLinear, replace_module
 from quark_inductor.schemes.numerics import block, fp8
 
+pytestmark = pytest.mark.usefixtures("fresh")
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["mxfp4", "fp8", "ptpc_fp8"]
 U32 = 2.0**-24
 EMULATE = {"emulate_precision_casts": True}  # round where eager code rounds
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
-    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def load(name: str) -> Any:

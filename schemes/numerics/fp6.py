@@ -7,9 +7,11 @@ Source: OCP Microscaling Formats (MX) v1.0, section 5.3.2; rounding as in amd-qu
 import torch
 from torch import Tensor
 
+from quark_inductor.schemes.numerics import minifloat
 
-def _exponent_bias(mantissa_bits: int) -> int:
-    return (1 << (4 - mantissa_bits)) - 1  # five bits of exponent and mantissa: a bias of 1 (E2M3) or 3 (E3M2)
+
+def _smallest_exponent(mantissa_bits: int) -> int:
+    return 2 - (1 << (4 - mantissa_bits))  # five bits of exponent and mantissa: a bias of 1 (E2M3) or 3 (E3M2)
 
 
 def max_value(mantissa_bits: int) -> float:
@@ -29,14 +31,8 @@ def encode(x: Tensor, mantissa_bits: int) -> Tensor:
         magnitudes above the largest and infinity saturate to it; whatever rounds to zero becomes +0 (code 0, never
         32). FP6 has no NaN: a NaN gives an unspecified int32, its block's scale must carry it.
     """
-    smallest_exponent = 1 - _exponent_bias(mantissa_bits)
     magnitude = x.abs().clamp(max=max_value(mantissa_bits))
-    exponent = (magnitude.view(torch.int32) >> 23).clamp(min=127 + smallest_exponent)
-    step = ((exponent - mantissa_bits) << 23).view(torch.float32)  # the spacing of the codes at this magnitude
-    rounded = torch.round(magnitude / step) * step
-    normal = (rounded.view(torch.int32) >> (23 - mantissa_bits)) - ((126 + smallest_exponent) << mantissa_bits)
-    subnormal = (rounded * 2.0 ** (mantissa_bits - smallest_exponent)).to(torch.int32)
-    code = torch.where(rounded < 2.0**smallest_exponent, subnormal, normal)
+    code = minifloat.encode(magnitude, mantissa_bits, _smallest_exponent(mantissa_bits))
     return torch.where((x < 0) & (code > 0), code + 32, code)
 
 
@@ -50,11 +46,7 @@ def decode(codes: Tensor, mantissa_bits: int) -> Tensor:
     Returns:
         float32 of the same shape. Code 32 is -0.0.
     """
-    smallest_exponent = 1 - _exponent_bias(mantissa_bits)
-    m = codes & 31
-    normal = ((m + ((126 + smallest_exponent) << mantissa_bits)) << (23 - mantissa_bits)).view(torch.float32)
-    subnormal = m.to(torch.float32) * 2.0 ** (smallest_exponent - mantissa_bits)
-    magnitude = torch.where(m < (1 << mantissa_bits), subnormal, normal)
+    magnitude = minifloat.decode(codes & 31, mantissa_bits, _smallest_exponent(mantissa_bits))
     return torch.where((codes & 32) != 0, -magnitude, magnitude)
 
 

@@ -89,3 +89,30 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dt
         dtype: dtype of the result.
     """
     return ((codes.to(torch.float32) - zero_point.to(torch.float32)) * scale.float()).to(dtype)
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`dequantize` of codes ``[N, K]`` with scales and zero points ``[N, K/G]``."""
+    groups = codes.unflatten(-1, (scale.shape[-1], -1))
+    return dequantize(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype).flatten(-2)
+
+
+def quantized_weight(
+    weight: Tensor, dtype: str, symmetric: bool, per_tensor: bool = False, group_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of a weight by :func:`parameters` and :func:`quantize_weight`.
+
+    Args:
+        weight: float ``[N, K]``.
+        dtype: ``"int8"``, ...
+        symmetric: the zero points are 0.
+        per_tensor: one scale for all, else one a row or
+        group_size: one for so many neighbours in a row.
+
+    Returns:
+        Codes ``[N, K]``; scales and zero points ``[]``, ``[N]`` or ``[N, K/G]``, zero points int32.
+    """
+    blocks = weight if group_size is None else weight.unflatten(-1, (-1, group_size))
+    scale, zero_point = parameters(blocks, dtype, symmetric, None if per_tensor else -1)
+    codes = quantize_weight(blocks, scale, zero_point, dtype).view(weight.shape)
+    return (codes, scale, zero_point) if per_tensor else (codes, scale.squeeze(-1), zero_point.squeeze(-1))

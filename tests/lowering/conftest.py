@@ -1,25 +1,17 @@
 """Real compiles, of as few graphs as will do: a kernel costs a second."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from quark_inductor.lowering import registry, target  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """No graph of another test's, from memory or from a cache; kernels are reused where their source is the same."""
-    torch._dynamo.reset()
-    counters.clear()
-    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
-    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
-        yield
-    torch._dynamo.reset()
-    target.current.cache_clear()
+def every_test_is_fresh(fresh: None) -> None:
+    """See the conftest above this one."""
 
 
 @pytest.fixture(params=["fast", "portable"])

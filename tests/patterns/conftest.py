@@ -1,7 +1,7 @@
 """Compile up to the kernels: the graph that the passes leave is interpreted, so a case takes a tenth of a second."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,19 +42,8 @@ STATIC = {"input_scale": 0.0078, "input_scale_2": 0.0015, "input_zero_point": 0}
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Nothing of another test's graphs, and no cache that would answer without running a pass.
-
-    Kernels once compiled are still reused: they are found by their source.
-    """
-    torch._dynamo.reset()
-    graphs_not_cached = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
-    with graphs_not_cached[0], graphs_not_cached[1], torch.no_grad():
-        yield
-    torch._dynamo.reset()
+def every_test_is_fresh(fresh: None) -> None:
+    """See the conftest above this one."""
 
 
 @pytest.fixture

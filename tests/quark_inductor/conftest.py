@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -205,6 +206,7 @@ def fixtures_float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
     then there is nothing to compare.
     """
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the script sets some, for amd-quark
+    monkeypatch.syspath_prepend(FIXTURES)  # where a script finds its neighbours
     for name in (
         "quark",
         "quark.torch",
@@ -231,3 +233,16 @@ def fixtures_float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., str]:
+    """What a Python of its own prints: code, and arguments for it."""
+
+    def run(code: str, *args: str | Path) -> str:
+        command = [sys.executable, "-c", code, *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

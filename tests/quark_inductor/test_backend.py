@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,8 @@ from quark_inductor.backend import quark, split_options
 from quark_inductor.errors import OptionError
 from quark_inductor.quantize import quantize_
 
+pytestmark = pytest.mark.usefixtures("fresh")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
-    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def model(scheme: str = "ptpc_fp8") -> nn.Module:

@@ -20,8 +20,7 @@ from quark_inductor.schemes.base import QuarkLinear
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.safetensors"))
 
-# Rows of special.input whose numbers are not amd-quark's, with the reason. special_input in make_fixtures.py says what
-# each row is.
+# Rows of special.input whose numbers are not amd-quark's, with the reason. fixtures/values.py says what each row is.
 _NAN_BLOCK = "amd-quark passes a NaN or an infinity on, element by element; here its block is NaN, as OCP MX has it"
 _INFINITE = "an infinite scale: what 0 * infinity becomes as an integer is not defined; neither result is finite"
 _NAN_CODE = "an integer cannot be NaN: which code a NaN gets is not defined"

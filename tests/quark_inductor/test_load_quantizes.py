@@ -1,8 +1,6 @@
 """``load(scheme=)``: a float checkpoint is quantized while it loads, to what ``quantize_`` makes of the float model."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,58 +198,3 @@ def test_a_float_checkpoint_has_no_scales(float_copy: Callable[..., Path]) -> No
     path = float_copy({name: torch.ones(32, 4, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match=rf"no place in the model.*{name}"):
         qi.load(path, scheme="mxfp4")
-
-
-# --- memory
-
-MAKE = """
-import sys, torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-config = LlamaConfig(
-    hidden_size=1024, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=16,
-    vocab_size=1024, tie_word_embeddings=False, dtype=torch.bfloat16,
-)
-with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-model.to_empty(device="cpu")
-for p in model.parameters():
-    p.data.fill_(0.5)
-    p.data.view(-1)[::7] = -1.0
-model.save_pretrained(sys.argv[1])
-"""
-
-LOAD = """
-import json, sys
-import quark_inductor as qi
-def kilobytes(what):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
-qi.load(sys.argv[1], scheme=sys.argv[3])  # imports what it needs
-before = kilobytes("VmRSS")
-model = qi.load(sys.argv[2], scheme=sys.argv[3])
-print(json.dumps([1024 * (kilobytes("VmHWM") - before), sum(p.nbytes for p in model.parameters())]))
-"""
-
-
-def python(code: str, *args: str | Path) -> str:
-    """What a Python of its own prints."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process")
-def test_the_float_model_is_never_in_memory(tmp_path: Path) -> None:
-    """The quantized model, and one weight at a time with what quantizing it takes: far less than the float model.
-
-    That is 6 float32 copies of the largest weight at most (1.3 and 2.7 are measured).
-    """
-    python(MAKE, tmp_path / "model")
-    size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-    assert 400e6 < size < 500e6
-    largest = 4 * 1024 * 2048
-    for scheme in ("ptpc_fp8", "mxfp4"):
-        peak, quantized = json.loads(python(LOAD, BASE, tmp_path / "model", scheme))
-        assert peak > 0.9 * quantized  # it was measured
-        assert peak < 1.1 * quantized + 6 * largest < size

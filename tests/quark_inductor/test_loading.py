@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -544,15 +542,7 @@ def test_embeddings_that_are_not_tied_are_both_needed(tied: Path) -> None:
         qi.load(tied)
 
 
-# --- what runs, and how much memory it takes
-
-
-def python(code: str, *args: str | Path) -> str:
-    """What a Python of its own prints."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+# --- what runs
 
 
 AUDITED = """
@@ -574,7 +564,7 @@ print(json.dumps([type(model).__name__, quark, unpickled, opened]))
 """
 
 
-def test_no_code_of_the_checkpoint_runs_and_no_pickle_is_opened(copy_of: CopyOf) -> None:
+def test_no_code_of_the_checkpoint_runs_and_no_pickle_is_opened(copy_of: CopyOf, python: Callable[..., str]) -> None:
     """Neither amd-quark, which this does not need."""
     copy = copy_of("mxfp4")
     marker = copy.path.parent / "it ran"
@@ -588,46 +578,3 @@ def test_no_code_of_the_checkpoint_runs_and_no_pickle_is_opened(copy_of: CopyOf)
     assert any(name.endswith("config.json") for name in opened)  # the hook is at work
     assert not any(name.endswith((".py", ".bin")) for name in opened)
     assert not marker.exists()
-
-
-MAKE = """
-import sys, torch, quark_inductor as qi
-from transformers import AutoModelForCausalLM, LlamaConfig
-config = LlamaConfig(
-    hidden_size=2048, intermediate_size=6144, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=16,
-    vocab_size=1024, tie_word_embeddings=False, dtype=torch.bfloat16,
-)
-with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-model.to_empty(device="cpu")
-for p in model.parameters():
-    p.data.fill_(0.5)
-    p.data.view(-1)[::7] = -1.0
-qi.save(qi.quantize_(model, "ptpc_fp8"), sys.argv[1])
-"""
-
-LOAD = """
-import json, sys
-import quark_inductor as qi
-def kilobytes(what):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
-qi.load(sys.argv[1])  # imports what it needs
-before = kilobytes("VmRSS")
-model = qi.load(sys.argv[2])
-print(json.dumps([1024 * (kilobytes("VmHWM") - before), max(p.nbytes for p in model.parameters())]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure a process")
-def test_peak_memory_is_the_files_and_little_more(tmp_path: Path) -> None:
-    """The files, the largest tensor, and room for the allocator: 30 % and 32 MiB.
-
-    A float model is twice as large as its files, which are almost all FP8: neither it nor two copies would fit.
-    """
-    python(MAKE, tmp_path / "model")
-    size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-    assert 150e6 < size < 250e6
-    peak, largest = json.loads(python(LOAD, FIXTURES / "mxfp4", tmp_path / "model"))
-    assert peak > 0.9 * size  # it was measured
-    assert peak < 1.3 * size + largest + 2**25

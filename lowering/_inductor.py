@@ -1,6 +1,6 @@
 """Every private Inductor name the lowerings use, and what differs between torch 2.11 and 2.13. Imported lazily."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # First: it and cpp_gemm_template import each other, and only this order works.
@@ -13,7 +13,7 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import register_lowering, view
 from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
@@ -26,27 +26,33 @@ __all__ = [
     "Placeholder",
     "V",
     "config",
-    "contiguous_inputs",
     "counters",
     "gen_2d_view_of_epilogue_buf",
     "get_export_declaration",
     "ir",
     "ops",
     "parallel_num_threads",
+    "realized_inputs",
     "register_lowering",
     "select_choice",
     "static_size",
+    "view",
 ]
 
 
-def contiguous_inputs(*nodes: Any) -> list[Any]:
-    """The nodes realized as contiguous buffers, each of its own, which a template can take a pointer of.
+def realized_inputs(nodes: Mapping[str, Any], strided: Sequence[str] = ()) -> list[Any]:
+    """The nodes realized as buffers, each of its own, which a template can take a pointer of.
 
     A kernel gets a buffer's beginning, and each buffer once: a part that begins elsewhere, or a buffer that is given
     for a second argument, is copied.
+
+    Args:
+        nodes: Inductor IR by name.
+        strided: names of those that may have any strides; the others are made contiguous.
     """
     found: list[Any] = []
-    for node in (ir.ExternKernel.require_contiguous(n) for n in realize_inputs(*nodes)):
+    for name, realized in zip(nodes, realize_inputs(*nodes.values()), strict=True):
+        node = realized if name in strided else ir.ExternKernel.require_contiguous(realized)
         elsewhere = node.get_layout().offset != 0 or node.get_name() in {f.get_name() for f in found}
         found.append(ir.ExternKernel.copy_input(node) if elsewhere else node)
     return found

@@ -2,14 +2,14 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
-from quark_inductor.schemes.ops import MIN_CAPABILITY
+from quark_inductor.schemes.operands import features, min_capability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,13 +17,19 @@ class GemmProblem:
     """One fused GEMM: ``y [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
     Attributes:
-        op: bare name of the fused op: ``"fp8_gemm"``, ``"block_prologue_gemm"``, ...
+        op: bare name of the fused op: ``"weight_only_gemm"``, ``"quantized_gemm"``, ``"prologue_gemm"``.
         m: tokens, or ``None`` when not known before run time.
         n: output features.
         k: input features.
         dtype: bare name of the dtype of ``y``.
-        granularity: what shares an activation scale, for ops that compute it.
-        formats: block formats of ``x`` and ``weight``, for ops on those.
+        weight_format: format of the weight, see :mod:`quark_inductor.schemes.operands`.
+        weight_scale_ndim: dimensions of the weight's scale: ``0`` per tensor, ``1`` per channel, ``2`` blocks.
+        experts: how many weights there are, each with ``m`` tokens of its own; 0: one, without a dimension for it.
+        x_format: format of the activation; ``""`` if it is not quantized.
+        x_granularity: what shares a scale of the activation that is given: ``"per_tensor"``, ``"per_token"``,
+            ``"per_group"``.
+        scale_rule: how the prologue computes the activation's scale, ``"given"`` if it does not.
+        group_size: elements along K that share a computed scale; 0: a row does.
     """
 
     op: str
@@ -31,8 +37,53 @@ class GemmProblem:
     n: int
     k: int
     dtype: str
-    granularity: str = ""
-    formats: tuple[str, ...] = ()
+    weight_format: str = ""
+    weight_scale_ndim: int = 0
+    experts: int = 0
+    x_format: str = ""
+    x_granularity: str = ""
+    scale_rule: str = ""
+    group_size: int = 0
+
+    def __str__(self) -> str:
+        activation = " ".join(part for part in (self.x_format, self.scale_rule) if part) or self.dtype
+        return f"{self.op} of {activation} and {self.weight_format}"
+
+
+def gemm_problem(
+    op: str, args: Mapping[str, Any], shape: Callable[[Any], list[int | None]], dtype: Callable[[Any], str]
+) -> GemmProblem:
+    """The problem of a call of a fused op.
+
+    Args:
+        op: bare name of the op.
+        args: the call's arguments by name; a tensor as anything.
+        shape: a tensor's shape, ``None`` for a size not known before run time.
+        dtype: bare name of a tensor's dtype.
+    """
+    scale, x_scale, weight_format = shape(args["weight_scale"]), args.get("x_scale"), args.get("weight_format", "")
+    weight = [int(size or 0) for size in shape(args["weight"])]
+    n, k = features(weight, len(scale), weight_format)
+    experts = weight[0] if len(weight) == 3 else 0
+    granularity = ""
+    if x_scale is not None:
+        sizes = shape(x_scale)
+        granularity = "per_tensor" if not sizes else "per_token" if sizes[-1] == 1 else "per_group"
+    return GemmProblem(
+        op=op,
+        m=shape(args["x"])[-2],
+        n=n,
+        k=k,
+        dtype=args.get("out_dtype") or dtype(args["x"]),
+        weight_format=weight_format,
+        # Of one expert: [E, N, 1] is that of channels.
+        weight_scale_ndim=max(0, len(scale) - bool(experts)),
+        experts=experts,
+        x_format=args.get("x_format", ""),
+        x_granularity=granularity,
+        scale_rule=args.get("scale_rule", ""),
+        group_size=args.get("group_size", 0),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +165,11 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
     forced = forced or _forced.get()
     if forced is not None and forced not in provider_names():
         raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
-    needed, arch = MIN_CAPABILITY.get(problem.op, 0), target.arch.removeprefix("sm_")
+    needed, arch = min_capability(problem.weight_format), target.arch.removeprefix("sm_")
     if target.arch.startswith("sm_") and arch.isdigit() and int(arch) < needed:
         reason = (
-            f"{target.arch} is below compute capability {needed / 10}, from which {problem.op} has hardware kernels"
+            f"{target.arch} is below compute capability {needed / 10}, from which weights in {problem.weight_format} "
+            "have hardware kernels"
         )
         return Selection(None, (reason,))
     refusals = []

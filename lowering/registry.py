@@ -11,18 +11,12 @@ from quark_inductor.lowering import (
     cpp,  # noqa: F401
 )
 from quark_inductor.lowering._inductor import counters, register_lowering, static_size
-from quark_inductor.lowering.base import GemmProblem, select
+from quark_inductor.lowering.base import gemm_problem, select
 from quark_inductor.lowering.target import current
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.errors import QuarkInductorError
-from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
-FUSED_OPS: tuple[Callable[..., Any], ...] = (
-    ops.block_gemm,
-    ops.block_prologue_gemm,
-    ops.fp8_gemm,
-    ops.fp8_prologue_gemm,
-)
+FUSED_OPS: tuple[Callable[..., Any], ...] = (ops.weight_only_gemm, ops.quantized_gemm, ops.prologue_gemm)
 
 
 def count_key(op: str, provider: str) -> str:
@@ -39,18 +33,12 @@ def kernel_counts() -> dict[str, int]:
     return dict(totals)
 
 
-def _problem(op: str, args: dict[str, Any]) -> GemmProblem:
-    n, weight_k = (int(s) for s in args["weight"].get_size())
-    formats = tuple(args[name] for name in ("x_format", "weight_format") if name in args)
-    return GemmProblem(
-        op=op,
-        m=static_size(args["x"].get_size()[0]),
-        n=n,
-        k=BLOCK_FORMATS[formats[-1]].unpacked(weight_k) if formats else weight_k,
-        dtype=args.get("out_dtype") or ops.dtype_name(args["x"].get_dtype()),
-        granularity=args.get("granularity", ""),
-        formats=formats,
-    )
+def _shape(node: Any) -> list[int | None]:
+    return [static_size(size) for size in node.get_size()]
+
+
+def _dtype(node: Any) -> str:
+    return ops.dtype_name(node.get_dtype())
 
 
 def _register(fused: Callable[..., Any]) -> None:
@@ -58,10 +46,10 @@ def _register(fused: Callable[..., Any]) -> None:
 
     def lowering(*args: Any, **kwargs: Any) -> Any:
         bound = dict(signature.bind(*args, **kwargs).arguments)
-        target, problem = current(bound["x"].get_device().type), _problem(op, bound)
+        target, problem = current(bound["x"].get_device().type), gemm_problem(op, bound, _shape, _dtype)
         selection = select(target, problem)
         if selection.provider is None:
-            # Rules ask select() before they make a fused op, so this is one made by somebody else.
+            # patterns/selection.py leaves no fused op without a provider, so this is one made by somebody else.
             raise QuarkInductorError(
                 f"quark_inductor::{op} has no kernel on {target}: {'; '.join(selection.refusals)}. "
                 "Call the scheme's emulation instead"

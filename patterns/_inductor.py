@@ -1,21 +1,29 @@
 """Every private Inductor name the passes and the backend use, and what differs between torch 2.11 and 2.13."""
 
 import contextlib
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._functorch import config as functorch_config
-from torch._inductor import config, custom_graph_pass, list_mode_options
+from torch._inductor import config, cpp_builder, custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
+    CallFunction,
     CallFunctionVarArgs,
     FailedMatch,
+    Ignored,
+    KeywordArg,
     Match,
     MatchContext,
     PatternExpr,
@@ -26,7 +34,11 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from quark_inductor.patterns.cse import cse
+from quark_inductor.schemes.ops import NAMESPACE
 
 __all__ = [
     "CallFunctionVarArgs",
@@ -34,11 +46,13 @@ __all__ = [
     "Match",
     "PatternExpr",
     "PatternMatcherPass",
+    "atomic_builds",
     "attempt",
     "compile_fx",
     "config",
     "counters",
     "dynamo_timed",
+    "fwd_only",
     "graphs_not_cached",
     "list_mode_options",
     "pass_list",
@@ -48,45 +62,72 @@ __all__ = [
     "statically_known_true",
     "trace_structured",
     "traced_pattern",
+    "unset_fake_temporarily",
 ]
 
 
-def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tensor]) -> PatternExpr:
-    """The pattern of a function, as this torch's Inductor decomposes it: exact on constants and dtypes.
+# Arguments that are sizes: a pattern takes any, its rule checks what matters by the shapes of what it matched.
+_SIZES: dict[Any, int] = {
+    torch.ops.aten.view.default: 1,
+    torch.ops.aten.reshape.default: 1,
+    torch.ops.aten.expand.default: 1,
+    torch.ops.aten.full.default: 0,
+    torch.ops.aten.slice.Tensor: 3,
+}
+
+
+def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tensor]) -> tuple[PatternExpr, torch.dtype]:
+    """The pattern of a function, as this torch's Inductor decomposes it, and the dtype of what it computes.
+
+    It is exact on constants and dtypes, but for sizes of views, and for devices. A constant argument of an op of this
+    package is not compared but captured, under the argument's name: one pattern serves every format.
 
     ``register_replacement`` would turn ints, floats and dtypes into wildcards, and refuse intermediates with several
     users: here every intermediate may have any number of users.
 
     Args:
         search: what to trace, called with keyword arguments.
-        example: its arguments. Their names are those of the matched nodes; their sizes must not matter.
+        example: its arguments. Their names are those of the matched nodes; their sizes do not matter.
     """
     names = list(example)
 
     def positional(*tensors: torch.Tensor) -> Any:
         return search(**dict(zip(names, tensors, strict=True)))
 
-    pattern = fx_to_pattern(fwd_only(positional, list(example.values())), ignore_types=(), argnames=names)
-    todo, seen = [pattern], set()
-    while todo:
-        expr = todo.pop()
-        if id(expr) in seen:
-            continue
-        seen.add(id(expr))
-        if isinstance(expr, _TargetExpr):
-            expr.users = MULTIPLE
-        todo += [a for a in getattr(expr, "flat_args_kwargs", ((),))[0] if isinstance(a, PatternExpr)]
-    return pattern
+    gm = fwd_only(positional, list(example.values()))
+    cse(gm.graph)  # as the graph it is looked for in: what is written twice there is one node
+    (result,) = gm.graph.output_node().all_input_nodes
+    return _relaxed(fx_to_pattern(gm, ignore_types=(), argnames=names), {}), result.meta["val"].dtype
 
 
-def attempt(pattern: PatternExpr, node: torch.fx.Node) -> tuple[int, FailedMatch]:
-    """How many calls of a pattern that does not match a node are there, and where it fails."""
+def _relaxed(pattern: Any, known: dict[int, Any]) -> Any:
+    if isinstance(pattern, list | tuple):
+        return type(pattern)(_relaxed(p, known) for p in pattern)
+    if isinstance(pattern, torch.device):
+        return Ignored()
+    if not isinstance(pattern, CallFunction):
+        return pattern
+    if id(pattern) not in known:
+        (target, *_), args = pattern.fns, list(pattern.args)
+        if (i := _SIZES.get(target)) is not None and i < len(args):
+            args[i] = [Ignored() for _ in args[i]] if isinstance(args[i], list | tuple) else Ignored()
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+            for i, argument in enumerate(target._schema.arguments[: len(args)]):
+                args[i] = args[i] if isinstance(args[i], PatternExpr) else KeywordArg(argument.name)
+        kwargs = {name: _relaxed(value, known) for name, value in pattern.kwargs.items()}
+        known[id(pattern)] = CallFunction(pattern.fns, *_relaxed(args, known), _users=MULTIPLE, **kwargs)
+    return known[id(pattern)]
+
+
+def attempt(pattern: PatternExpr, node: torch.fx.Node) -> Match | tuple[int, FailedMatch]:
+    """A match, or how many calls of the pattern are there and where it fails."""
     context = MatchContext([pattern], graph=node.graph)
     try:
         result = context.match(pattern, node)
     except FailedMatch as e:
         result = e
-    assert isinstance(result, FailedMatch), "a pattern that matches has a rule that refuses"
+    if isinstance(result, Match):
+        return result
     found = [p for p, n in context.pattern_to_node.items() if n is not None and isinstance(p, _TargetExpr)]
     return len(found), result
 
@@ -95,6 +136,28 @@ def attempt(pattern: PatternExpr, node: torch.fx.Node) -> tuple[int, FailedMatch
 def graphs_not_cached() -> Iterator[None]:
     """Inside, no graph comes from a cache: every pass runs."""
     with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+@contextlib.contextmanager
+def atomic_builds() -> Iterator[None]:
+    """Inside, a library is in the cache all at once, when it is complete.
+
+    Inductor (torch 2.11 to 2.13) has the compiler write it where every later process looks for it, and none builds
+    again what it finds: a process that is killed while it links leaves a file that cannot be loaded, for ever.
+    """
+    build = cpp_builder.run_compile_cmd
+
+    def run_compile_cmd(cmd_line: str, cwd: str) -> None:
+        output = re.search(r"(?<= -o )\S+\.so(?=\s|$)", cmd_line)
+        if output is None:
+            build(cmd_line, cwd)
+            return
+        partial = f"{output[0]}.{os.getpid()}.{threading.get_ident()}.tmp"
+        build(cmd_line[: output.start()] + partial + cmd_line[output.end() :], cwd)
+        os.replace(Path(cwd, partial), Path(cwd, output[0]))
+
+    with patch.object(cpp_builder, "run_compile_cmd", run_compile_cmd):
         yield
 
 

@@ -1,44 +1,51 @@
-"""What a rule is: ``patterns`` says which graphs, ``check`` whether this one, ``rewrite`` what it becomes."""
+"""What a rule is: ``variants`` says which graphs, ``check`` whether this one, ``rewrite`` what it becomes.
+
+A rule says what a graph means, for every target. Who can run what it made is asked afterwards
+(:mod:`.selection`), and what nobody can run becomes again the graph that it was.
+"""
 
 import functools
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
 
-from quark_inductor.lowering import target as targets
-from quark_inductor.lowering.base import GemmProblem, select
-from quark_inductor.patterns._inductor import Match, PatternExpr, traced_pattern
+from quark_inductor.patterns._inductor import (
+    Match,
+    PatternExpr,
+    statically_known_true,
+    traced_pattern,
+    unset_fake_temporarily,
+)
 from quark_inductor.schemes.errors import QuarkInductorError
-from quark_inductor.schemes.ops import dtype_name
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _aten = torch.ops.aten
+# Where the operands of a GEMM are among its arguments: what it multiplies, by what, and what it adds.
+GEMMS: Mapping[Any, tuple[int, int, int | None]] = {
+    _aten.mm.default: (0, 1, None),
+    _aten.addmm.default: (1, 2, 0),
+    _aten.bmm.default: (0, 1, None),
+}
 # What ends the way back from an operand to what it was computed from: another product, or a look-up.
-PRODUCTS = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        _aten.bmm.default,
-        _aten.baddbmm.default,
-        _aten.embedding.default,
-    }
-)
+PRODUCTS = frozenset({*GEMMS, _aten.baddbmm.default, _aten.embedding.default})
+# In which order rules run; those of one stage in any order.
+STAGES = ("weight", "activation", "prologue")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a match was not rewritten, and where.
+    """Why something was not rewritten, and where.
 
     Attributes:
         reason: in words, with what to do if something can be done.
         layer: the module the node comes from, as the model names it; ``""`` if unknown.
-        rule: name of the rule that refused.
+        rule: name of the rule that refused; ``""`` if no rule got that far, or a provider refused.
     """
 
     reason: str
@@ -62,7 +69,7 @@ class Options:
 
     Attributes:
         strict: a quantized Linear left to the emulation is an error.
-        provider: only this provider may make kernels; ``"emulation"`` turns the rules off; ``None``: any.
+        provider: only this provider may make kernels; ``"emulation"``: none may; ``None``: any.
     """
 
     strict: bool = False
@@ -77,64 +84,147 @@ class Variant:
         search: the function whose graph is looked for, called with the example as keyword arguments.
         example: tensors to trace it with; their names are those of the matched nodes, their sizes do not matter.
         facts: what ``check`` and ``rewrite`` need to know of this form.
+        dtype: of what it computes, if known: it is traced, which takes 10 ms, only where that dtype occurs.
     """
 
     search: Callable[..., Any]
     example: Mapping[str, torch.Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A place where a variant of a rule's pattern was found.
+
+    Attributes:
+        node: what the rule would replace.
+        named: the variant's facts, the nodes matched by its example's names, and the constant arguments of this
+            package's ops by their names.
+        nodes: every node that matched.
+    """
+
+    node: Node
+    named: Mapping[str, Any]
+    nodes: tuple[Node, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.named[name]
+
+    def value(self, name: str) -> torch.Tensor:
+        """The fake tensor of a matched node."""
+        return value(self.named[name])
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What the rules did to a graph so far.
+
+    Attributes:
+        replaced: of each new node the one whose place it took, and the rule's name.
+        refused: of a node that stayed, the last rule's reason.
+    """
+
+    replaced: dict[Node, tuple[Node, str]] = field(default_factory=dict)
+    refused: dict[Node, Refusal] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A variant's pattern, the dtype of what it computes, and its facts."""
+
+    pattern: PatternExpr
+    dtype: torch.dtype
+    facts: Mapping[str, Any]
+
+    @property
+    def targets(self) -> Sequence[Any]:
+        """What its last node calls."""
+        return getattr(self.pattern, "fns", ())
 
 
 class Rule(ABC):
-    """A rewrite of one shape of graph. Holds no state: everything it knows of a match is in the match."""
+    """A rewrite of one shape of graph. Holds no state: everything it knows of a place is in :class:`Found`."""
 
     name: ClassVar[str]
+    stage: ClassVar[str] = "weight"
 
     @abstractmethod
     def variants(self) -> Iterable[Variant]:
-        """The forms of the pattern, the most specific first."""
+        """The forms of the pattern, the most frequent first: the first that passes the check is taken."""
 
     @abstractmethod
-    def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
-        """``None``, or why this match must stay as it is. May not change the graph nor guard on a symbolic size."""
+    def check(self, found: Found) -> str | None:
+        """``None``, or why this place must stay as it is; ``""`` if it is not what the rule is about.
+
+        May not change the graph nor guard on a symbolic size.
+        """
 
     @abstractmethod
-    def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
-        """The node that replaces the match's output, inserted just before it."""
+    def rewrite(self, found: Found) -> Node:
+        """The node that replaces ``found.node``, inserted just before it. May read, but not change what was matched."""
+
+    def operand(self, node: Node) -> Node | None:
+        """The node a pattern must end in for ``node`` to be replaced: by default ``node`` itself; ``None``: nothing."""
+        return node
+
+    def may_be(self, variant: Variant, end: Node) -> bool:
+        """Whether a variant's pattern can end in a node, told without tracing it."""
+        return variant.dtype in (None, value(end).dtype)
+
+    def possible(self, end: Node) -> Iterator[Traced]:
+        """The variants that compute what a node computes; each is traced once per process, when its turn comes."""
+        if not isinstance(end.meta.get("val"), torch.Tensor):
+            return
+        for i, variant in enumerate(self._variants):
+            if self.may_be(variant, end) and (traced := self._traced(i)).dtype == value(end).dtype:
+                yield traced
 
     @functools.cached_property
-    def traced(self) -> tuple[tuple[PatternExpr, Mapping[str, Any]], ...]:
-        """Each variant's pattern and facts, traced once per process."""
-        return tuple((traced_pattern(v.search, v.example), v.facts) for v in self.variants())
+    def _variants(self) -> tuple[Variant, ...]:
+        with unset_fake_temporarily():  # rules run while a graph is compiled, where tensors are fake
+            return tuple(self.variants())
 
-    def apply(self, graph: Graph, options: Options) -> PassResult:
-        """Rewrite every match in a graph."""
+    @functools.cache  # noqa: B019  a rule lives as long as the process
+    def _traced(self, index: int) -> Traced:
+        variant = self._variants[index]
+        with unset_fake_temporarily():
+            pattern, dtype = traced_pattern(variant.search, variant.example)
+        return Traced(pattern, dtype, variant.facts)
+
+    def apply(self, graph: Graph, history: History) -> PassResult:
+        """Rewrite every match in a graph, in place. What is replaced stays in it, without users."""
         start = time.perf_counter()
         matches, refusals = 0, []
-        roots = {target for pattern, _ in self.traced for target in getattr(pattern, "fns", ())}
-        for node in [n for n in graph.nodes if n.op == "call_function" and n.target in roots]:
-            for pattern, facts in self.traced:
-                match = pattern.match(node)
-                if not isinstance(match, Match):
+        for node in list(graph.nodes):
+            if node.op != "call_function" or not node.users or (end := self.operand(node)) is None:
+                continue
+            reason = ""
+            for traced in self.possible(end):
+                if end.target not in traced.targets or not isinstance(match := traced.pattern.match(end), Match):
                     continue
-                reason = _unnamed_kwargs(match) or self.check(match, facts, options)
-                if reason is not None:
-                    refusals.append(Refusal(reason, layer_of(node), self.name))
-                    break
+                found = Found(node, {**match.kwargs, **traced.facts}, tuple(match.nodes))
+                refusal = _unnamed_kwargs(node) or self.check(found)
+                if refusal is not None:
+                    reason = reason or refusal
+                    continue
                 with graph.inserting_before(node):
-                    new = self.rewrite(match, facts)
+                    new = self.rewrite(found)
                 new.meta.update(node.meta)
                 node.replace_all_uses_with(new)
-                match.erase_nodes()
-                matches += 1
+                history.replaced[new] = node, self.name
+                matches, reason = matches + 1, ""
                 break
+            if reason:
+                history.refused[node] = Refusal(reason, layer_of(node), self.name)
+                refusals.append(history.refused[node])
         return PassResult(self.name, matches, tuple(refusals), (time.perf_counter() - start) * 1e3)
 
 
-def _unnamed_kwargs(match: Match) -> str | None:
+def _unnamed_kwargs(node: Node) -> str | None:
     """Up to torch 2.13 a match ignores kwargs its pattern does not name: ``addmm(beta=0.5)`` would lose its beta."""
-    for node in match.nodes:
-        if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and node.kwargs:
-            return f"{node.target} has {dict(node.kwargs)}, which no fused GEMM computes"
+    if node.target in GEMMS and node.kwargs:
+        return f"{node.target} has {dict(node.kwargs)}, which no fused GEMM computes"
     return None
 
 
@@ -142,9 +232,11 @@ _RULES: dict[str, Rule] = {}
 
 
 def register_rule(cls: type[Rule]) -> type[Rule]:
-    """Class decorator: make a rule known. Rules run in the order of registration."""
+    """Class decorator: make a rule known. Rules run by stage, within one in the order of registration."""
     if cls.name in _RULES:
         raise QuarkInductorError(f"two rules are named {cls.name!r}; rename one")
+    if cls.stage not in STAGES:
+        raise QuarkInductorError(f"rule {cls.name!r} has the stage {cls.stage!r}; expected one of {', '.join(STAGES)}")
     _RULES[cls.name] = cls()
     return cls
 
@@ -156,13 +248,18 @@ def unregister_rule(name: str) -> None:
 
 def registered_rules() -> tuple[Rule, ...]:
     """Every rule, in running order."""
-    return tuple(_RULES.values())
+    return tuple(sorted(_RULES.values(), key=lambda rule: STAGES.index(rule.stage)))
 
 
 def value(node: Node) -> torch.Tensor:
     """The fake tensor a node computes."""
     result: torch.Tensor = node.meta["val"]
     return result
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be the same. Compares symbolic sizes without a guard."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def layer_of(node: Node) -> str:
@@ -175,45 +272,13 @@ def layer_of(node: Node) -> str:
     return re.sub(r"^[LG]\[['\"]\w+['\"]\]\.?", "", str(path)).removeprefix("_modules.")
 
 
-def fused_call(match: Match, op: torch._ops.OpOverload, facts: Mapping[str, Any]) -> Node:
-    """A call of a fused op, its arguments found by name in the match and the facts, else ``None``."""
-    named = {**match.kwargs, **facts}
+def call(graph: Graph, op: torch._ops.OpOverload, named: Mapping[str, Any]) -> Node:
+    """A call of an op, its arguments found by name, else ``None``."""
     # Positional, as tracing writes it: a later rule's pattern must find it so.
-    return match.graph.call_function(op, tuple(named.get(a.name) for a in op._schema.arguments))
+    return graph.call_function(op, tuple(named.get(a.name) for a in op._schema.arguments))
 
 
-def refuse_unless_provided(
-    op: str, match: Match, options: Options, *, k: int, granularity: str = "", formats: tuple[str, ...] = ()
-) -> str | None:
-    """``None`` if some provider can run the fused GEMM of a match, else everybody's reasons."""
-    result = value(match.output_node())
-    m, n = result.shape
-    bias = match.kwargs.get("bias")
-    if bias is not None and tuple(value(bias).shape) not in ((n,), (1,)):
-        return f"what is added has shape {tuple(value(bias).shape)}, expected a bias [{n}]"
-    problem = GemmProblem(
-        op=op,
-        m=m if isinstance(m, int) else None,
-        n=n,
-        k=k,
-        dtype=dtype_name(result.dtype),
-        granularity=granularity,
-        formats=formats,
-    )
-    selection = select(targets.current(result.device.type), problem, options.provider)
-    return None if selection.provider else "; ".join(selection.refusals)
-
-
-def refuse_two_dtypes(match: Match) -> str | None:
-    """``None`` if a match's activation ``x`` has the dtype of its result, as a GEMM that quantizes it wants."""
-    x, y = value(match.kwargs["x"]), value(match.output_node())
-    same = x.dtype == y.dtype
-    return None if same else f"the activation is {x.dtype}, the result {y.dtype}: a prologue GEMM keeps one dtype"
-
-
-def with_and_without_bias(
-    search: Callable[..., Any], example: Mapping[str, torch.Tensor], n: int, dtype: torch.dtype, **facts: Any
-) -> Iterable[Variant]:
-    """Both variants of a search function whose parameter ``bias [N]`` may be ``None``."""
-    yield Variant(search, {**example, "bias": torch.empty(n, dtype=dtype)}, facts)
-    yield Variant(functools.partial(search, bias=None), example, facts)
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call that :func:`call` made, by name."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)}

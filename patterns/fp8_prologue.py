@@ -1,83 +1,65 @@
-"""An FP8 GEMM whose activation was just quantized becomes a GEMM that quantizes in its own prologue.
+"""A GEMM of an activation that was just quantized to FP8: the GEMM quantizes it in its own prologue.
 
-The quantize is ``clamp(x / scale, -448, 448)`` cast to E4M3, by a stored scale or by one computed from the activation.
+The quantize is ``clamp(x / scale)`` and a cast, by a scale that is given or computed from the activation.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from quark_inductor.patterns._inductor import Match
-from quark_inductor.patterns.base import (
-    FLOAT_DTYPES,
-    Options,
-    Rule,
-    Variant,
-    fused_call,
-    refuse_two_dtypes,
-    refuse_unless_provided,
-    register_rule,
-    value,
-    with_and_without_bias,
-)
-from quark_inductor.patterns.fp8_gemm import weight_examples
-from quark_inductor.schemes import ops
+from quark_inductor.patterns.base import FLOAT_DTYPES, Found, Variant, arguments, register_rule, value
+from quark_inductor.patterns.fp8_weight import dtypes_and_scales
+from quark_inductor.patterns.operands import K, M, PrologueRule, gemm_of, some_weight
 from quark_inductor.schemes.numerics import fp8
+from quark_inductor.schemes.operands import FP8_FORMATS
 
 
-def _quantize_then_gemm(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    granularity: str,
-    x_scale: Tensor | None = None,
-) -> Tensor:
-    scale = fp8.dynamic_scale(x, granularity) if x_scale is None else x_scale
-    result: Tensor = torch.ops.quark_inductor.fp8_gemm(
-        x=fp8.quantize(x, scale),
-        x_scale=scale,
-        weight=weight,
-        weight_scale=weight_scale,
-        bias=bias,
-        out_dtype=ops.dtype_name(x.dtype),
-    )
-    return result
+def _by_groups(x: Tensor, *, format: str, **weight: Tensor) -> Tensor:
+    codes, scales = fp8.quantize_groups(x, K // 4, FP8_FORMATS[format])
+    return gemm_of(codes, scales, None, None, format, x.dtype, **weight)
+
+
+def _by_tokens(x: Tensor, *, format: str, **weight: Tensor) -> Tensor:
+    scale = fp8.dynamic_scale(x, "per_token", FP8_FORMATS[format])
+    return gemm_of(fp8.quantize(x, scale, FP8_FORMATS[format]), scale, None, None, format, x.dtype, **weight)
+
+
+def _given(x: Tensor, x_scale: Tensor, *, format: str, **weight: Tensor) -> Tensor:
+    return gemm_of(fp8.quantize(x, x_scale, FP8_FORMATS[format]), x_scale, None, None, format, x.dtype, **weight)
 
 
 @register_rule
-class Fp8Prologue(Rule):
-    """Runs after ``fp8_gemm``, on what that made."""
+class Fp8Prologue(PrologueRule):
+    """A scale that is computed in a form not known here is given: only the quantize is in the prologue then."""
 
     name = "fp8_prologue"
 
     def variants(self) -> Iterable[Variant]:
-        """The scale computed a row before the scale given, whose pattern takes any."""
-        m, n, k = 3, 5, 64
-        for granularity in ("per_token", "per_tensor"):
+        """The scales that are computed before the scale that is given, whose pattern takes any."""
+        for format in FP8_FORMATS:
             for dtype in FLOAT_DTYPES:
-                x = {"x": torch.zeros(m, k, dtype=dtype)}
-                if granularity == "per_tensor":
-                    x["x_scale"] = torch.zeros((), dtype=dtype)
-                facts: dict[str, Any] = {"granularity": granularity}
-                search = functools.partial(_quantize_then_gemm, **facts)
-                weight, *_ = weight_examples(n, k, dtype)  # the kind of its scale makes no difference here
-                yield from with_and_without_bias(search, x | weight, n, dtype, **facts)
+                x = {**some_weight(), "x": torch.zeros(M, K, dtype=dtype)}
+                for search, by in ((_by_tokens, "token"), (_by_groups, "group")):
+                    yield Variant(functools.partial(search, format=format), x, {"by": by, "read": format}, dtype)
+            for dtype, scale_dtype in dtypes_and_scales():
+                example = {
+                    **some_weight(),
+                    "x": torch.zeros(M, K, dtype=dtype),
+                    "x_scale": torch.zeros((), dtype=scale_dtype),
+                }
+                yield Variant(functools.partial(_given, format=format), example, {"by": "given", "read": format}, dtype)
 
-    def check(self, match: Match, facts: Mapping[str, Any], options: Options) -> str | None:
-        """One dtype throughout, a scale the op knows, and a provider can run it."""
-        if (reason := refuse_two_dtypes(match)) is not None:
-            return reason
-        scale = match.kwargs.get("x_scale")
-        if scale is not None and value(scale).ndim != 0:
-            return f"the activation's scale has shape {tuple(value(scale).shape)} and is not amax / 448 of its rows"
-        k = value(match.kwargs["x"]).shape[1]
-        return refuse_unless_provided("fp8_prologue_gemm", match, options, k=k, granularity=facts["granularity"])
-
-    def rewrite(self, match: Match, facts: Mapping[str, Any]) -> Node:
-        """One ``fp8_prologue_gemm``."""
-        return fused_call(match, torch.ops.quark_inductor.fp8_prologue_gemm.default, facts)
+    def operands(self, found: Found) -> dict[str, Any] | str:
+        """The scale is one the op knows."""
+        if found["by"] == "given":
+            scale = found.value("x_scale")
+            if scale.ndim and scale.shape[-1] != 1:
+                return f"the activation is divided by a scale of shape {tuple(scale.shape)}, expected [] or [M, 1]"
+            return {"x_scale": found["x_scale"], "scale_rule": "given"}
+        if found["by"] == "token":
+            return {"scale_rule": "amax"}
+        groups = value(arguments(found.node)["x_scale"]).shape[-1]
+        return {"scale_rule": "amax", "group_size": int(found.value("x").shape[-1]) // int(groups)}

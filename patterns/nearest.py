@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quark_inductor.patterns._inductor import attempt
+from quark_inductor.patterns._inductor import Match, attempt
 from quark_inductor.patterns.base import PRODUCTS, registered_rules
 
 
@@ -25,10 +25,13 @@ def nearest(node: Node, known: dict[Any, str]) -> str:
 def _nearest(node: Node) -> str:
     most, reason = -1, ""
     for rule in registered_rules():
-        for pattern, _ in rule.traced:
-            if node.target not in getattr(pattern, "fns", ()):
-                continue
-            matched, where = attempt(pattern, node)
+        end = rule.operand(node)
+        if end is None:
+            continue
+        for traced in rule.possible(end):
+            if isinstance((found := attempt(traced.pattern, end)), Match):
+                continue  # a variant that the rule refused, or that another one came before
+            matched, where = found
             if matched > most:
                 most, reason = matched, f"; the nearest is {rule.name}, {_told(where)}"
     return f"no rule's pattern is this graph{reason}"

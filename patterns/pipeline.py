@@ -14,28 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import provider_names
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
-from quark_inductor.patterns.base import PRODUCTS, Options, PassResult, Refusal, layer_of, registered_rules
-from quark_inductor.patterns.canonicalize import cse, hoist_views
+from quark_inductor.patterns.base import History, Options, PassResult, Refusal, registered_rules
+from quark_inductor.patterns.canonicalize import hoist_views
+from quark_inductor.patterns.cse import cse
 from quark_inductor.patterns.late_decomposition import late_decomposition
-from quark_inductor.patterns.nearest import nearest
+from quark_inductor.patterns.leftovers import leftovers
+from quark_inductor.patterns.selection import LinearResult, select_providers
 from quark_inductor.schemes.errors import NotFusedError
 
 log = logging.getLogger(__name__)
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class GraphResult:
-    """What the passes did to one graph: each pass's result, and the layers left to the emulation with the reasons."""
+    """What the passes did to one graph.
+
+    Attributes:
+        passes: each pass's result.
+        linears: what became of each GEMM of a quantized weight.
+        unfused: those that are left to the emulation, all or in part, with the reason.
+        left: quantizes, dequantizes and casts to or from 8 bits that stay in the graph, with the reason.
+    """
 
     passes: tuple[PassResult, ...]
+    linears: tuple[LinearResult, ...]
     unfused: tuple[Refusal, ...]
+    left: tuple[Refusal, ...]
 
     def matches(self, rule: str) -> int:
         """How often a rule was applied."""
@@ -61,59 +71,30 @@ def _timed(name: str, run: Callable[[Graph], int], graph: Graph) -> PassResult:
     return PassResult(name, run(graph), (), (time.perf_counter() - start) * 1e3)
 
 
-def _comes_from_codes(operand: Any) -> bool:
-    """Whether a tensor is computed from stored integers or FP8, and from nothing that another GEMM computed."""
-    seen: set[Node] = set()
-    todo, codes = [operand], False
-    while todo:
-        node = todo.pop()
-        if not isinstance(node, Node) or node in seen:
-            continue
-        seen.add(node)
-        if node.target in PRODUCTS:
-            return False
-        val = node.meta.get("val")
-        if not node.all_input_nodes and isinstance(val, torch.Tensor):
-            codes |= (val.dtype.itemsize == 1 and val.dtype != torch.bool) or val.dtype == torch.int32
-        todo += node.all_input_nodes
-    return codes
-
-
-def unfused_gemms(graph: Graph) -> list[Node]:
-    """The GEMMs whose second operand is dequantized from codes: what the rules left to the emulation."""
-    found = []
-    for target, index in ((aten.mm.default, 1), (aten.addmm.default, 2)):
-        for node in graph.find_nodes(op="call_function", target=target):
-            if _comes_from_codes(node.args[index]):
-                found.append(node)
-    return found
-
-
 def run_rules(graph: Graph, options: Options) -> GraphResult:
-    """Canonicalize a graph and apply every rule to it, in place.
+    """Canonicalize a graph, apply every rule to it, and give what they made to the providers; in place.
 
     Raises:
         NotFusedError: ``options.strict`` and a quantized Linear was left to the emulation.
     """
     remove_noop_ops(graph)  # the form in which the patterns were traced
     passes = [_timed("hoist_views", hoist_views, graph), _timed("cse", cse, graph)]
+    history = History()
     for rule in registered_rules():
         with dynamo_timed(f"quark.{rule.name}", log_pt2_compile_event=True):
-            passes.append(rule.apply(graph, options))
+            passes.append(rule.apply(graph, history))
+    start = time.perf_counter()
+    linears = select_providers(graph, history.replaced, options.provider)
+    passes.append(PassResult("select_providers", len(linears), (), (time.perf_counter() - start) * 1e3))
     graph.eliminate_dead_code()
     graph.lint()
-    reasons = {r.layer: r for p in passes for r in p.refusals}
-    unfused: list[Refusal] = []
-    known: dict[Any, str] = {}
-    for node in unfused_gemms(graph):
-        layer = layer_of(node)
-        unfused.append(reasons.get(layer) or Refusal(nearest(node, known), layer))
-    result = GraphResult(tuple(passes), tuple(unfused))
+    all_linears, unfused, left = leftovers(graph, linears, history.refused)
+    result = GraphResult(tuple(passes), tuple(all_linears), tuple(unfused), tuple(left))
     _report(result)
-    if unfused and options.strict:
-        lines = "".join(f"\n  {r.layer or '(unnamed layer)'}: {r.reason}" for r in unfused)
+    if result.unfused and options.strict:
+        lines = "".join(f"\n  {r.layer or '(unnamed layer)'}: {r.reason}" for r in result.unfused)
         raise NotFusedError(
-            f"{len(unfused)} quantized Linears were not fused, and quark.strict asks for all of them:{lines}"
+            f"{len(result.unfused)} quantized Linears were not fused, and quark.strict asks for all of them:{lines}"
         )
     return result
 
@@ -121,8 +102,19 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
 def _report(result: GraphResult) -> None:
     for p in result.passes:
         log.debug("%s: %d matches, %d refusals, %.1f ms", p.name, p.matches, len(p.refusals), p.ms)
+        for refusal in p.refusals:
+            log.debug("%s refuses %s: %s", p.name, refusal.layer or "a GEMM", refusal.reason)
+    for linear in result.linears:
+        by = ", ".join((linear.provider, *linear.rules))
+        log.debug("%s: %s by %s", linear.layer or "a GEMM", linear.problem, by)
+    for refusal in result.left:
+        log.debug("left in %s: %s", refusal.layer or "the graph", refusal.reason)
+    alike: dict[str, list[str]] = {}
     for refusal in result.unfused:
-        log.warning("%s runs as emulation: %s", refusal.layer or "a quantized Linear", refusal.reason)
+        alike.setdefault(refusal.reason, []).append(refusal.layer or "a quantized Linear")
+    for reason, (first, *others) in alike.items():
+        who = f"{first} and {len(others)} more run" if others else f"{first} runs"
+        log.warning("%s as emulation: %s", who, reason)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "quark_passes", "encoding": "json"},

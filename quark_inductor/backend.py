@@ -1,12 +1,13 @@
 """The function behind ``torch.compile(..., backend="quark")``: Inductor with this package's passes and lowerings."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quark_inductor.schemes.errors import OptionError
+from quark_inductor.schemes.errors import OptionError, QuarkInductorError
 
 if TYPE_CHECKING:
     from quark_inductor.patterns.base import Options
@@ -107,7 +108,7 @@ def compile_graph(
     # Always: code from a cache calls the ops, and its kernels were made by these lowerings.
     from quark_inductor.lowering import registry as lowerings  # noqa: F401
     from quark_inductor.lowering.base import forcing
-    from quark_inductor.patterns._inductor import compile_fx, pass_list
+    from quark_inductor.patterns._inductor import atomic_builds, compile_fx, pass_list
     from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
     from quark_inductor.schemes import registry as schemes  # noqa: F401
 
@@ -116,9 +117,44 @@ def compile_graph(
 
     patches[BEFORE] = pass_list([*users_passes(theirs, BEFORE), RulesPass(own)])
     patches[AFTER] = pass_list([LateDecompositionPass(own), *users_passes(theirs, AFTER)])
-    with forcing(own.provider):
+    with forcing(own.provider), atomic_builds():
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **compilers)
     return compiled
+
+
+def aoti_configs(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What ``torch._inductor.aoti_compile_and_package(exported, inductor_configs=aoti_configs())`` wants.
+
+    An exported program knows no backend: these are the passes, for AOTInductor to run.
+
+    Args:
+        options: as in ``torch.compile(backend="quark")``, but for ``quark.provider``.
+
+    Raises:
+        OptionError: an unknown option, or ``quark.provider``.
+    """
+    from quark_inductor.lowering import registry as lowerings  # noqa: F401
+    from quark_inductor.patterns._inductor import pass_list
+    from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
+    from quark_inductor.schemes import registry as schemes  # noqa: F401
+
+    own, theirs = split_options(None, options)
+    if own.provider is not None:
+        raise OptionError("quark.provider is not known to AOTInductor, which lowers without this backend")
+    return {
+        **theirs,
+        BEFORE: pass_list([*users_passes(theirs, BEFORE), RulesPass(own)]),
+        AFTER: pass_list([LateDecompositionPass(own), *users_passes(theirs, AFTER)]),
+    }
+
+
+@contextlib.contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Inside, an error of ours that Dynamo wrapped comes out as it was raised."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as e:
+        raise (e.inner_exception if isinstance(e.inner_exception, QuarkInductorError) else e) from e
 
 
 def _reset() -> None:

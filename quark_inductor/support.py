@@ -1,11 +1,13 @@
 """The table of schemes and targets in the README: ``python -m quark_inductor.support`` prints it."""
 
-from quark_inductor.lowering import registry as lowerings  # noqa: F401
-from quark_inductor.lowering.base import GemmProblem, select
+import torch
+from torch import nn
+
+from quark_inductor.lowering.base import select
 from quark_inductor.lowering.target import Target
-from quark_inductor.schemes import registry as schemes  # noqa: F401
-from quark_inductor.schemes.base import scheme_for
+from quark_inductor.quantize import quantize_
 from quark_inductor.schemes.spec import PRESETS
+from quark_inductor.testing import rewrite
 
 # Column title, target, and whether the tests run there.
 TARGETS: tuple[tuple[str, Target, bool], ...] = (
@@ -29,11 +31,12 @@ def table() -> str:
         "| scheme | " + " | ".join(title for title, _, _ in TARGETS) + " |",
         "|---|" + "---|" * len(TARGETS),
     ]
-    for name, spec in PRESETS.items():
-        op = scheme_for(spec).fused_op
+    for name in PRESETS:
+        model = quantize_(nn.Sequential(nn.Linear(256, 256)), name, exclude=(), calibration=[torch.ones(2, 256)])
+        (linear,) = rewrite(model, torch.ones(2, 256)).result.linears
         cells = []
         for _, target, tested in TARGETS:
-            provider = op and select(target, GemmProblem(op=op, m=None, n=4096, k=4096, dtype="bfloat16")).provider
+            provider = linear.problem and select(target, linear.problem).provider
             cells.append("emulated" if provider is None else "tested" if tested else "compiled only")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

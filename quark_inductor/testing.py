@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from quark_inductor.backend import BEFORE, compile_graph, split_options, users_passes
+from quark_inductor.backend import BEFORE, compile_graph, split_options, unwrapped_errors, users_passes
 from quark_inductor.patterns._inductor import CustomGraphPass, graphs_not_cached
 from quark_inductor.patterns.base import Refusal
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
@@ -122,10 +122,8 @@ def rewrite(
 
     torch._dynamo.reset()
     with torch.no_grad(), graphs_not_cached(), collect_results() as results:
-        try:
+        with unwrapped_errors():
             output = torch.compile(fn, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as e:
-            raise (e.inner_exception if isinstance(e.inner_exception, QuarkInductorError) else e) from e
     if len(results) != 1:
         raise QuarkInductorError(
             f"the function gave {len(results)} graphs, expected one: does it compute with tensors?"

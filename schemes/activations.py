@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quark_inductor.schemes import operands
 from quark_inductor.schemes.errors import ConfigError
 from quark_inductor.schemes.numerics import fp8, integer
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
@@ -158,11 +159,13 @@ class IntegerActivation(ActivationQuantizer):
             scale, zero_point = self._stored(layer, "scale"), self._stored(layer, "zero_point")
             codes = integer.quantize(x, scale, zero_point, spec.dtype)
             return integer.dequantize(codes, scale, zero_point, x.dtype)
-        groups = x if spec.group_size is None else x.unflatten(-1, (-1, spec.group_size))
+        if spec.group_size is not None:
+            groups = integer.quantize_groups(x, spec.group_size, spec.dtype, spec.symmetric)
+            return integer.dequantize_groups(*groups, x.dtype)
         axis = None if spec.qscheme == "per_tensor" else -1
-        scale, zero_point = integer.parameters(groups, spec.dtype, spec.symmetric, axis)
-        codes = integer.quantize(groups, scale, zero_point, spec.dtype)
-        return integer.dequantize(codes, scale, zero_point, x.dtype).view(x.shape)
+        scale, zero_point = integer.parameters(x, spec.dtype, spec.symmetric, axis)
+        codes = integer.quantize(x, scale, zero_point, spec.dtype)
+        return integer.dequantize(codes, scale, zero_point, x.dtype)
 
 
 class BlockActivation(ActivationQuantizer):
@@ -179,8 +182,7 @@ class BlockActivation(ActivationQuantizer):
         self.format = BLOCK_FORMATS[self.name]
         self.stores_global_scale = spec.second is not None and not spec.second.is_dynamic
         self.scale_rule = spec.scale_calculation_mode or ("sequential" if self.format.has_global_scale else "nearest")
-        # amd-quark's AMDFP4 quantizer goes on with eps where a scale rounds to 0 (NVFP4's comes out as 0).
-        self.zero_scale = torch.finfo(torch.float32).eps if self.format.scale == "e5m3" else 0.0
+        self.zero_scale = operands.zero_scale(self.name)
 
     @classmethod
     def refuses(cls, spec: TensorSpec) -> str | None:

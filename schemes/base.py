@@ -56,11 +56,6 @@ class QuarkScheme(ABC):
     def get_min_capability(cls) -> int:
         """CUDA compute capability times ten from which hardware kernels exist; below it the emulation runs."""
 
-    @property
-    def fused_op(self) -> str | None:
-        """Bare name of the op that a rule makes of its emulation; ``None``: no rule does yet."""
-        return None
-
     @abstractmethod
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """The parameters a checkpoint holds for the weight, uninitialized, in the checkpoint's layout.
@@ -230,6 +225,7 @@ class QuarkLinear(nn.Module):
         out_features: N, the sum of ``logical_widths``.
         logical_widths: output features of each shard fused into this Linear (q, k, v; gate, up); one if none is.
         scheme: what computes.
+        merged: with :meth:`merge_`, the Linear that computes it together with others, and where its part begins.
         emulation: when its weight is dequantized: ``"per_call"`` or, after :meth:`dequantize_`, ``"at_load"``.
         params_dtype: dtype of bias, floating-point scales and result.
     """
@@ -251,6 +247,7 @@ class QuarkLinear(nn.Module):
         self.scheme = scheme
         self.params_dtype = dtype
         self.emulation = PER_CALL
+        self.merged: tuple[QuarkLinear, int] | None = None
         with torch.device(device or torch.get_default_device()):
             scheme.create_weights(
                 self,
@@ -299,6 +296,42 @@ class QuarkLinear(nn.Module):
         fused.scheme.process_weights_after_loading(fused)
         return fused
 
+    @classmethod
+    def merge_(cls, linears: "Sequence[QuarkLinear]") -> str | None:
+        """Let Linears with the same input share one wider GEMM when they are compiled.
+
+        Their parameters become views of the fused ones, no byte is held twice. Called eagerly each computes its own
+        part, as before; compiled, each computes the wide one and takes its part, and the compiler does it once.
+
+        Args:
+            linears: as :meth:`fuse` takes them, of one input.
+
+        Returns:
+            ``None``, or why they stay as they are: nothing is merged that would change a number.
+        """
+        first = linears[0]
+        kinds = {(m.in_features, m.scheme.spec, m.params_dtype, m.bias is None, m.emulation) for m in linears}
+        if len(kinds) != 1 or first.emulation != PER_CALL:
+            return f"they are of {len(kinds)} kinds, or dequantized at load"
+        fused = cls.fuse(linears)
+        own = [{name: p.data for name, p in m.named_parameters(recurse=False)} for m in linears]
+        parts: list[dict[str, Tensor]] = [{} for _ in linears]
+        begins = [sum(fused.logical_widths[:i]) for i in range(len(linears))]
+        for name, whole in fused.named_parameters(recurse=False):
+            for mine, part, begin, width in zip(own, parts, begins, fused.logical_widths, strict=True):
+                if whole.ndim == 0 or mine[name].ndim == 0:
+                    part[name] = whole.data
+                else:
+                    along = next(d for d, size in enumerate(whole.shape) if size != mine[name].shape[d])
+                    entries = mine[name].shape[along]
+                    part[name] = whole.data.narrow(along, begin * entries // width, entries)
+                if part[name].shape != mine[name].shape or not _same_bytes(part[name], mine[name]):
+                    return f"{name} is not the same for all of them, and the scheme has one for a Linear"
+        for m, part, begin in zip(linears, parts, begins, strict=True):
+            set_parameters(m, **part)
+            m.merged = fused, begin
+        return None
+
     def weight_names(self) -> list[str]:
         """Names of the parameters that hold the weight: codes, scales, zero points."""
         return [name for name, _ in self.named_parameters(recurse=False) if name.startswith("weight")]
@@ -321,6 +354,9 @@ class QuarkLinear(nn.Module):
         # Also makes K a constant of the graph when every size is symbolic.
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the input's shape is {tuple(x.shape)}, this Linear takes {self.in_features} features")
+        if self.merged is not None and torch.compiler.is_compiling():
+            fused, begin = self.merged
+            return fused(x).narrow(-1, begin, self.out_features)  # type: ignore[no-any-return]
         # 2-D first and a view last: then no view ever stands between a quantize and its GEMM.
         y = self.scheme.apply_weights(self, x.reshape(-1, self.in_features), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -334,6 +370,8 @@ class QuarkLinear(nn.Module):
                     f"cannot turn a quantized Linear's {name} from {dtype_name(p.dtype)} into {dtype_name(wanted)}: "
                     "its numbers are codes and scales of a fixed dtype. Pass dtype= to quark_inductor.load instead"
                 )
+        # What moves is a copy of its own; the fused one stays where it was.
+        self.merged = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -344,6 +382,10 @@ class QuarkLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {bias=}, {self.scheme.spec}{emulation}"
         )
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 
 
 def set_parameters(layer: nn.Module, **tensors: Tensor) -> None:

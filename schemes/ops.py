@@ -1,24 +1,26 @@
 """The ops of namespace ``quark_inductor``: the only IR between the schemes, the rules and the lowerings.
 
-Block formats have a quantize and a dequantize op, which stay one node each until the rules have run. FP8 has none: its
-emulation is plain aten. The fused ops are made by rules only; their eager implementation is the emulation.
+Block formats have a quantize and a dequantize op, packed 4-bit integers one that unpacks them; they stay one node each
+until the rules have run. FP8 and integers have none: their emulation is plain aten. The three fused ops are made by
+rules only, for every format of their operands (:mod:`.operands` says what a format means); their eager implementation
+is the emulation.
 
-Every op is functional, takes strings and tensors, and has a schema, a fake and an eager implementation.
+Every op is functional, takes strings, ints and tensors, and has a schema, a fake and an eager implementation.
 Legend: M tokens, K input features, N output features. ``out_dtype`` is a torch dtype's bare name (``"bfloat16"``).
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from quark_inductor.schemes import operands
 from quark_inductor.schemes.errors import TrainingError
-from quark_inductor.schemes.numerics import block, fp8
+from quark_inductor.schemes.numerics import block, int4
 
 NAMESPACE = "quark_inductor"
-# CUDA compute capability times ten from which hardware kernels of a fused op exist; below it the emulation runs.
-MIN_CAPABILITY = {"block_gemm": 70, "block_prologue_gemm": 70, "fp8_gemm": 89, "fp8_prologue_gemm": 89}
+# Bare names of the ops that rules make, each a GEMM that some provider must have a kernel for.
+FUSED_OPS = {"weight_only_gemm", "quantized_gemm", "prologue_gemm"}
 lib = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -57,64 +59,87 @@ def block_dequantize(
     return block.dequantize_by_table(codes, scales, format, dtype_of(out_dtype), global_scale, zero_scale)
 
 
-def block_gemm(
+def int4_unpack(packed: Tensor, format: str) -> Tensor:
+    """4-bit integers out of int32. See :func:`quark_inductor.schemes.numerics.int4.unpack`."""
+    return int4.unpack(packed, format)
+
+
+def weight_only_gemm(
     x: Tensor,
-    x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    weight_format: str,
+) -> Tensor:
+    """``[M, N]``: the product of ``x [M, K]`` and a quantized weight, plus ``bias [N]``, in the dtype of ``x``.
+
+    This is how the emulation writes it: the weight dequantized to that dtype, then ``F.linear``.
+    """
+    values = operands.dequantize_weight(weight, weight_scale, weight_scale_2, weight_zero_point, weight_format, x.dtype)
+    return operands.matmul(x, values, bias)
+
+
+def quantized_gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    x_scale_2: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     x_format: str,
     weight_format: str,
     out_dtype: str,
 ) -> Tensor:
-    """``[M, N]``: the product of block-quantized operands, plus ``bias [N]``, in ``out_dtype``.
+    """``[M, N]``: the product of quantized operands, plus ``bias [N]``, in ``out_dtype``.
 
-    ``x`` is uint8 ``[M, K/2]`` with E8M0 ``x_scale [M, K/32]``, ``weight`` uint8 ``[N, K/2]`` with ``weight_scale [N,
-    K/32]``. This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
+    This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
     """
-    dequantize = torch.ops.quark_inductor.block_dequantize
-    return F.linear(
-        dequantize(x, x_scale, x_format, out_dtype), dequantize(weight, weight_scale, weight_format, out_dtype), bias
-    )
+    values = operands.dequantize_activation(x, x_scale, x_scale_2, x_zero_point, x_format, dtype_of(out_dtype))
+    return weight_only_gemm(values, weight, weight_scale, weight_scale_2, weight_zero_point, bias, weight_format)
 
 
-def block_prologue_gemm(
+def prologue_gemm(
     x: Tensor,
+    x_scale: Tensor | None,
+    x_scale_2: Tensor | None,
+    x_zero_point: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     x_format: str,
     scale_rule: str,
+    group_size: int,
     weight_format: str,
 ) -> Tensor:
-    """:func:`block_gemm` of ``block_quantize(x)``: the GEMM quantizes the float ``x [M, K]`` in its prologue."""
-    codes, scales = block.quantize(x, x_format, scale_rule)
-    return block_gemm(codes, scales, weight, weight_scale, bias, x_format, weight_format, dtype_name(x.dtype))
+    """:func:`quantized_gemm` of a float activation ``[M, K]`` that the GEMM quantizes in its prologue.
 
-
-def fp8_gemm(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: str
-) -> Tensor:
-    """``[M, N]``: the product of FP8 operands ``x [M, K]`` and ``weight [N, K]``, plus ``bias [N]``, in ``out_dtype``.
-
-    This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``. ``x_scale`` is
-    ``[]`` (per tensor) or ``[M, 1]`` (per token), ``weight_scale`` ``[]`` or ``[N]`` (per channel).
+    The result has the dtype of ``x``. ``x_scale`` and ``x_zero_point`` are given where ``scale_rule`` is ``"given"``,
+    ``x_scale_2`` where the format has a global scale; the rest is computed from ``x``.
     """
-    dtype = dtype_of(out_dtype)
-    return F.linear(fp8.dequantize(x, x_scale, dtype), fp8.dequantize_weight(weight, weight_scale, dtype), bias)
-
-
-def fp8_prologue_gemm(
-    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, granularity: str
-) -> Tensor:
-    """:func:`fp8_gemm` of a float activation ``[M, K]`` that is quantized in the GEMM's prologue.
-
-    ``granularity`` is ``"per_tensor"`` (by ``x_scale []``, stored or computed before) or ``"per_token"`` (``x_scale``
-    is ``None``: each row's scale is computed in the prologue).
-    """
-    fp8.check_granularity(granularity)
-    scale = fp8.dynamic_scale(x, granularity) if x_scale is None else x_scale
-    return fp8_gemm(fp8.quantize(x, scale), scale, weight, weight_scale, bias, dtype_name(x.dtype))
+    codes, scale, zero_point = operands.quantize_activation(
+        x, x_scale, x_scale_2, x_zero_point, x_format, scale_rule, group_size
+    )
+    return quantized_gemm(
+        codes,
+        scale,
+        x_scale_2,
+        zero_point,
+        weight,
+        weight_scale,
+        weight_scale_2,
+        weight_zero_point,
+        bias,
+        x_format,
+        weight_format,
+        dtype_name(x.dtype),
+    )
 
 
 def _fake_block_quantize(
@@ -139,46 +164,68 @@ def _fake_block_dequantize(
     return codes.new_empty((*codes.shape[:-1], f.unpacked(codes.shape[-1])), dtype=dtype_of(out_dtype))
 
 
-def _fake_block_gemm(
+def _fake_int4_unpack(packed: Tensor, format: str) -> Tensor:
+    int4.check(format)
+    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 8))
+
+
+def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_format: str, dtype: torch.dtype) -> Tensor:
+    operands.check_weight(weight_format)
+    n, _ = operands.features(weight.shape, weight_scale.ndim, weight_format)
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _fake_weight_only_gemm(
     x: Tensor,
-    x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    weight_format: str,
+) -> Tensor:
+    return _product(x, weight, weight_scale, weight_format, x.dtype)
+
+
+def _fake_quantized_gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    x_scale_2: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     x_format: str,
     weight_format: str,
     out_dtype: str,
 ) -> Tensor:
-    block.check(x_format)
-    block.check(weight_format)
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
+    operands.check_activation(x_format)
+    return _product(x, weight, weight_scale, weight_format, dtype_of(out_dtype))
 
 
-def _fake_block_prologue_gemm(
+def _fake_prologue_gemm(
     x: Tensor,
+    x_scale: Tensor | None,
+    x_scale_2: Tensor | None,
+    x_zero_point: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
+    weight_scale_2: Tensor | None,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     x_format: str,
     scale_rule: str,
+    group_size: int,
     weight_format: str,
 ) -> Tensor:
-    block.check(x_format, scale_rule=scale_rule)
-    block.check(weight_format)
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _fake_fp8_gemm(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: str
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
-
-
-def _fake_fp8_prologue_gemm(
-    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, granularity: str
-) -> Tensor:
-    fp8.check_granularity(granularity)
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    operands.check_activation(x_format, scale_rule)
+    k = x.shape[-1]
+    torch._check(
+        not group_size or k % group_size == 0, lambda: f"prologue_gemm: K = {k} is not a multiple of {group_size}"
+    )
+    return _product(x, weight, weight_scale, weight_format, x.dtype)
 
 
 def _register(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
@@ -199,28 +246,22 @@ _register(
     block_dequantize,
     _fake_block_dequantize,
 )
+_register("int4_unpack(Tensor packed, str format) -> Tensor", int4_unpack, _fake_int4_unpack)
+_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
 _register(
-    "block_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, "
+    f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format) -> Tensor", weight_only_gemm, _fake_weight_only_gemm
+)
+_register(
+    f"quantized_gemm(Tensor x, Tensor x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
     "str weight_format, str out_dtype) -> Tensor",
-    block_gemm,
-    _fake_block_gemm,
+    quantized_gemm,
+    _fake_quantized_gemm,
 )
 _register(
-    "block_prologue_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str x_format, str scale_rule, "
-    "str weight_format) -> Tensor",
-    block_prologue_gemm,
-    _fake_block_prologue_gemm,
-)
-_register(
-    "fp8_gemm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str out_dtype) -> Tensor",
-    fp8_gemm,
-    _fake_fp8_gemm,
-)
-_register(
-    "fp8_prologue_gemm(Tensor x, Tensor? x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str granularity) "
-    "-> Tensor",
-    fp8_prologue_gemm,
-    _fake_fp8_prologue_gemm,
+    f"prologue_gemm(Tensor x, Tensor? x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
+    "str scale_rule, int group_size, str weight_format) -> Tensor",
+    prologue_gemm,
+    _fake_prologue_gemm,
 )
 
 

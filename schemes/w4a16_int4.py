@@ -62,14 +62,13 @@ class QuarkW4A16Int4(QuarkScheme):
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""
-        w = self.weight
-        signed, method = w.dtype == "int4", self.spec.pack_method
-        zero_point = int4.unpack(layer.weight_zero_point, method, signed, layer.out_features)
-        if w.group_size is None:
-            codes = int4.unpack(layer.weight, method, signed, layer.in_features)
-            return integer.dequantize(codes, layer.weight_scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype)
-        codes = int4.unpack(layer.weight, method, signed, layer.out_features)
-        return integer.dequantize_groups(codes.t(), layer.weight_scale.t(), zero_point.t(), dtype)
+        return int4.dequantize_weight(
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_zero_point,
+            int4.format_of(self.weight.dtype, self.spec.pack_method),
+            dtype,
+        )
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """See :func:`.numerics.integer.quantized_weight`."""

@@ -7,7 +7,7 @@ from quark_inductor.schemes.spec import LinearSpec
 
 @register_scheme
 class QuarkW4A4MXFP4(QuarkOCP_MX):
-    """The case of :class:`QuarkOCP_MX` that has kernels: MXFP4 both, scale rule "even"."""
+    """The case of :class:`QuarkOCP_MX` with MXFP4 both, scale rule "even"."""
 
     name = "w4a4_mxfp4"
 
@@ -15,8 +15,3 @@ class QuarkW4A4MXFP4(QuarkOCP_MX):
     def refuses(cls, spec: LinearSpec) -> str | None:
         """Takes weight and input of the scheme name ``mxfp4``."""
         return other_than("mxfp4", spec)
-
-    @property
-    def fused_op(self) -> str:
-        """A GEMM that quantizes its activation."""
-        return "block_prologue_gemm"

@@ -61,10 +61,14 @@ class QuarkW4A8_INT4_FP8(QuarkScheme):
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``((code - zero_point) * weight_scale_2) * weight_scale`` in float32, then one cast."""
-        codes = int4.unpack(layer.weight, self.spec.pack_method, True, layer.in_features)
-        zero_point = int4.unpack(layer.weight_zero_point_2, self.spec.pack_method, True, layer.out_features)
-        stage = integer.dequantize(codes, layer.weight_scale_2.unsqueeze(-1), zero_point.unsqueeze(-1), torch.float32)
-        return (stage * layer.weight_scale).to(dtype)
+        return int4.dequantize_two_stages(
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_scale_2,
+            layer.weight_zero_point_2,
+            int4.format_of("int4", self.spec.pack_method),
+            dtype,
+        )
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """FP8 with ``amax / 448`` in float32, then the FP8 codes' values to INT4 with ``amax / 7.5`` a row.

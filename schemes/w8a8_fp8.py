@@ -43,13 +43,6 @@ class QuarkW8A8Fp8(QuarkScheme):
         """FP8 tensor cores: compute capability 8.9."""
         return 89
 
-    @property
-    def fused_op(self) -> str | None:
-        """A GEMM that quantizes its activation: E4M3, without groups or blocks."""
-        w, x = self.weight, self.spec.input
-        plain = w.qscheme != "per_block" and x is not None and x.qscheme != "per_group"
-        return "fp8_prologue_gemm" if plain and w.dtype == "fp8_e4m3" else None
-
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Any size. A per-tensor scale has one entry a shard if shards are fused; blocks may not cross shards."""
         w, n = self.weight, sum(widths)

@@ -74,21 +74,19 @@ class QuarkW8A8Int8(QuarkScheme):
         super().process_weights_after_loading(layer)
         if self.spec.input is not None and not self.spec.input.symmetric:
             scale_one = torch.ones_like(layer.weight_scale, dtype=torch.float32)
-            integers = self._dequantize(layer.weight, scale_one, layer.weight_zero_point, torch.float32)
+            integers = self._dequantize(layer, scale_one, torch.float32)
             layer.register_buffer(
                 "azp_adj", integers.double().sum(1, keepdim=True).t().to(torch.int32), persistent=False
             )
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""
-        return self._dequantize(layer.weight, layer.weight_scale, layer.weight_zero_point, dtype)
+        return self._dequantize(layer, layer.weight_scale, dtype)
 
-    def _dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.weight.group_size is not None:
-            return integer.dequantize_groups(codes.t(), scale.t(), zero_point.t(), dtype)
-        if scale.ndim == 1:
-            scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-        return integer.dequantize(codes, scale, zero_point, dtype)
+    def _dequantize(self, layer: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        tensors = layer.weight, scale, layer.weight_zero_point
+        codes, scale, zero_point = tensors if self.weight.group_size is None else (t.t() for t in tensors)
+        return integer.dequantize_weight(codes, scale, zero_point, dtype)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """See :func:`.numerics.integer.quantized_weight`."""

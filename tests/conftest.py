@@ -1,10 +1,14 @@
 """What every test runs under."""
 
 import atexit
+import functools
+import importlib.util
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -30,6 +34,35 @@ def fresh() -> Iterator[None]:
         yield
     torch._dynamo.reset()
     target.current.cache_clear()
+
+
+@functools.cache
+def helper(name: str) -> ModuleType:
+    """A module beside this one. Tests are no package from which it could be imported."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    """``oracle.py``: operands by ml_dtypes and numpy."""
+    return helper("oracle")
+
+
+@pytest.fixture(scope="session")
+def specs() -> ModuleType:
+    """``specs.py``: every kind of quantized Linear."""
+    return helper("specs")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The argument ``spec_name`` is each name in ``specs.py``."""
+    if "spec_name" in metafunc.fixturenames:
+        metafunc.parametrize("spec_name", [*helper("specs").SPECS])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -211,11 +211,12 @@ def compare(model: Any, ids: Tensor, stream: Stream, transparent: Transparent, c
 def assert_all_fused(results: list[Any], count: int = 14) -> None:
     (result,) = results
     assert result.unfused == ()
-    assert result.matches("block_gemm") + result.matches("fp8_gemm") == count
-    assert result.matches("block_prologue") + result.matches("fp8_prologue") == count
+    assert [linear.fused for linear in result.linears] == [True] * count
+    for stage in ("weight", "activation", "prologue"):
+        assert result.matches(f"block_{stage}") + result.matches(f"fp8_{stage}") == count
     kernels = {key: n for key, n in counters["inductor"].items() if key.startswith("quark.")}
     assert sum(kernels.values()) == count
-    assert set(kernels) <= {"quark.block_prologue_gemm.cpp", "quark.fp8_prologue_gemm.cpp"}
+    assert set(kernels) == {"quark.prologue_gemm.cpp"}
 
 
 # --- the tests

@@ -1,8 +1,8 @@
 """A new format from outside: a scheme, a rule and a provider, one class each, and everything else works by itself.
 
-The format is a toy: "toy8" weights, which are int8 with a scale of each output channel but no zero point, and float
-activations. Its op's lowering is
-registered with a private function, for which there is no public name yet.
+The format is a toy: float activations, and "toy8" weights, mid-rise int8, ``(code + 1/2) * scale`` with a scale of each
+output channel: no code means 0, which no rule of this package knows. Its op's lowering is registered with a private
+function, for which there is no public name yet.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,15 +22,13 @@ from quark_inductor.lowering.base import GemmProblem, No, Provider, register_pro
 from quark_inductor.lowering.target import Target
 from quark_inductor.patterns.base import (
     FLOAT_DTYPES,
-    Options,
+    GEMMS,
+    Found,
     Rule,
     Variant,
-    fused_call,
-    refuse_unless_provided,
+    call,
     register_rule,
     unregister_rule,
-    value,
-    with_and_without_bias,
 )
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
 from quark_inductor.quantize import quantize_
@@ -57,50 +55,59 @@ class ToyScheme(QuarkScheme):
     def get_min_capability(cls) -> int:
         return 0
 
-    @property
-    def fused_op(self) -> str:
-        return OP
-
     def weight_tensors(self, widths: list[int], k: int, params_dtype: torch.dtype) -> Mapping[str, Tensor]:
         n = sum(widths)
         return {"weight": torch.empty(n, k, dtype=torch.int8), "weight_scale": torch.empty(n, dtype=params_dtype)}
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
-        return layer.weight.to(dtype) * layer.weight_scale.unsqueeze(-1)
+        return toy_values(layer.weight, layer.weight_scale)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         scale = weight.abs().amax(-1) / 127
-        return {"weight": (weight / scale.unsqueeze(-1)).round().to(torch.int8), "weight_scale": scale}
+        return {"weight": (weight / scale.unsqueeze(-1)).floor().to(torch.int8), "weight_scale": scale}
+
+
+def toy_values(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """``[N, K]`` in the dtype of the scale."""
+    return (weight.to(weight_scale.dtype) + 0.5) * weight_scale.unsqueeze(-1)
 
 
 def toy_int8_gemm(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The emulation, and what the op does when it is called eagerly."""
-    return F.linear(x, weight.to(x.dtype) * weight_scale.unsqueeze(-1), bias)
+    return F.linear(x, toy_values(weight, weight_scale), bias)
 
 
 # --- the rule
 
 
 class ToyRule(Rule):
+    """``mm`` or ``addmm`` by the toy's weight, whose dequantize is the pattern."""
+
     name = "toy_int8_gemm"
 
     def variants(self) -> Iterable[Variant]:
         for dtype in FLOAT_DTYPES:
-            example = {
-                "x": torch.zeros(3, 64, dtype=dtype),
-                "weight": torch.zeros(5, 64, dtype=torch.int8),
-                "weight_scale": torch.zeros(5, dtype=dtype),
-            }
-            yield from with_and_without_bias(toy_int8_gemm, example, 5, dtype)
+            example = {"weight": torch.zeros(5, 64, dtype=torch.int8), "weight_scale": torch.zeros(5, dtype=dtype)}
+            yield Variant(toy_weight, example, dtype=dtype)
 
-    def check(self, match: Any, facts: Mapping[str, Any], options: Options) -> str | None:
-        weight = value(match.kwargs["weight"])
+    def operand(self, node: Node) -> Node | None:
+        return node.args[GEMMS[node.target][1]] if node.target in GEMMS else None
+
+    def check(self, found: Found) -> str | None:
+        weight, scale = found.value("weight"), found.value("weight_scale")
         if weight.dtype is not torch.int8:
-            return f"the weight is {weight.dtype}"
-        return refuse_unless_provided(OP, match, options, k=weight.shape[1])
+            return ""
+        return None if scale.shape == weight.shape[:1] else f"the scale's shape is {tuple(scale.shape)}"
 
-    def rewrite(self, match: Any, facts: Mapping[str, Any]) -> Node:
-        return fused_call(match, torch.ops.quark_inductor.toy_int8_gemm.default, facts)
+    def rewrite(self, found: Found) -> Node:
+        x, _, bias = (None if i is None else found.node.args[i] for i in GEMMS[found.node.target])
+        named = {**found.named, "x": x, "bias": bias}
+        return call(found.node.graph, torch.ops.quark_inductor.toy_int8_gemm.default, named)
+
+
+def toy_weight(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """As a GEMM reads it, ``[K, N]``."""
+    return toy_values(weight, weight_scale).t()
 
 
 # --- the providers: one that refuses, one that runs
@@ -110,7 +117,7 @@ class Picky(Provider):
     name = "picky"
 
     def can_run(self, target: Target, problem: GemmProblem) -> No | None:
-        return No(f"N = {problem.n}, it likes only prime numbers")
+        return No(f"N = {problem.n}, it likes only multiples of 1000")
 
     def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         raise AssertionError("it said no")
@@ -139,6 +146,7 @@ def extension() -> Iterator[None]:
     torch.library.register_fake(f"{ops.NAMESPACE}::{OP}", fake, lib=lib)
     lowering_registry._register(toy_int8_gemm)
     known, presets = dict(base._SCHEMES), dict(PRESETS)
+    ops.FUSED_OPS.add(OP)
     register_scheme(ToyScheme)
     PRESETS["toy"] = SPEC
     register_rule(ToyRule)
@@ -148,6 +156,7 @@ def extension() -> Iterator[None]:
     unregister_provider("toy")
     unregister_provider("picky")
     unregister_rule("toy_int8_gemm")
+    ops.FUSED_OPS.remove(OP)
     for of, before in ((base._SCHEMES, known), (PRESETS, presets)):
         of.clear()
         of.update(before)
@@ -203,8 +212,12 @@ def test_end_to_end(dtype: torch.dtype) -> None:
     assert model.small.scheme.name == "toy_int8"
     x = torch.randn(2, 3, 64).to(dtype)
     done = run(model, x)
-    assert done.result.matches("toy_int8_gemm") == 1
+    assert done.result.matches("toy_int8_gemm") == 2
     assert done.kernels == {f"quark.{OP}.toy": 1}
+    assert [(of.layer, of.provider, of.rules, of.shape) for of in done.result.linears] == [
+        ("small", "toy", ("toy_int8_gemm",), (96, 64)),
+        ("large", "emulation", (), (7, 96)),
+    ]
     # The first is the same call in both; of the second Inductor may round the dequantized weight, or not.
     torch.testing.assert_close(done.y, model(x), rtol=2**-6 if dtype is torch.bfloat16 else 2**-18, atol=2**-6)
 
@@ -212,13 +225,16 @@ def test_end_to_end(dtype: torch.dtype) -> None:
 def test_a_refusal_is_reported() -> None:
     """Everybody's reason, for the layer, in the order they were asked."""
     done = run(quantize_(Two(), "toy"), torch.randn(3, 64))
-    reason = (
-        f"cpp: has no kernel for {OP}; it has fp8_gemm, fp8_prologue_gemm, block_gemm, block_prologue_gemm; "
-        "picky: N = 7, it likes only prime numbers; toy: K = 96 is more than 64"
+    reasons = (
+        f"{OP}: cpp: has no kernel for {OP}; it has prologue_gemm, quantized_gemm, weight_only_gemm",
+        f"{OP}: picky: N = 7, it likes only multiples of 1000",
+        f"{OP}: toy: K = 96 is more than 64",
     )
-    (refusal,) = (r for p in done.result.passes for r in p.refusals)
-    assert (refusal.layer, refusal.rule, refusal.reason) == ("large", "toy_int8_gemm", reason)
-    assert [(u.layer, u.reason) for u in done.result.unfused] == [("large", reason)]
+    small, large = done.result.linears
+    assert (small.layer, small.fused, small.refusals) == ("small", True, ())
+    assert (large.layer, large.fused, large.problem.op) == ("large", False, OP)
+    assert [(u.layer, u.reason) for u in done.result.unfused] == [("large", "; ".join(reasons))]
+    assert done.result.left != ()
 
 
 def test_strict_knows_it() -> None:
@@ -226,7 +242,7 @@ def test_strict_knows_it() -> None:
     with pytest.raises(Exception, match="1 quantized Linears were not fused") as error:
         run(model, torch.randn(3, 64), strict=True)
     assert NotFusedError.__name__ in str(error.value)
-    assert "large: cpp: has no kernel" in str(error.value)
+    assert f"large: {OP}: cpp: has no kernel" in str(error.value)
 
 
 def test_it_can_be_asked_for_by_name() -> None:
@@ -234,7 +250,7 @@ def test_it_can_be_asked_for_by_name() -> None:
     assert done.kernels == {f"quark.{OP}.toy": 1}
     emulated = run(quantize_(Two(), "toy"), torch.randn(3, 64), provider="emulation")
     assert emulated.kernels == {}
-    assert emulated.result.matches("toy_int8_gemm") == 0
+    assert [of.provider for of in emulated.result.linears] == ["emulation"] * 2
 
 
 def test_the_others_are_as_before() -> None:
@@ -242,5 +258,5 @@ def test_the_others_are_as_before() -> None:
     torch.manual_seed(0)
     model, x = quantize_(nn.Sequential(nn.Linear(64, 32)), "mxfp4"), torch.randn(3, 64)
     done = run(model, x)
-    assert done.kernels == {"quark.block_prologue_gemm.cpp": 1}
+    assert done.kernels == {"quark.prologue_gemm.cpp": 1}
     torch.testing.assert_close(done.y, model(x))

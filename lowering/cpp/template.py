@@ -20,34 +20,19 @@ from quark_inductor.lowering._inductor import (
     Placeholder,
     V,
     config,
-    contiguous_inputs,
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
     ir,
     ops,
     parallel_num_threads,
+    realized_inputs,
     select_choice,
+    view,
 )
 from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.cpp.kernels import kernel_for
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.ops import dtype_of
-
-# C++ that prepares row m of the activation into `row`, and computes a tile, by op.
-_PREPARE = {
-    "block_prologue_gemm": "quark::mxfp4::quantize_row(x + m * K, K, row)",
-    "block_gemm": "quark::mxfp4::load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)",
-    "fp8_prologue_gemm per_tensor": "quark::fp8::quantize_row(x + m * K, K, float(x_scale[0]), row)",
-    "fp8_prologue_gemm per_token": "quark::fp8::quantize_row("
-    "x + m * K, K, quark::fp8::dynamic_scale(x + m * K, K), row)",
-    "fp8_gemm": "quark::fp8::load_row(x + m * K, K, float(x_scale[{{'m' if x_scale_per_row else '0'}}]), row)",
-}
-_TILE = {
-    "block": "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
-    "n_end - n_start, tile, NT)",
-    "fp8": "quark::fp8::tile<MT, {{mode}}>(prepared, K, weight + n_start * K, weight_scale + "
-    "{{'n_start, 1' if weight_scale_per_channel else '0, 0'}}, n_end - n_start, tile, NT)",
-}
-_HEADER = {"block": "mxfp4.h", "fp8": "fp8.h"}
 
 # Rows of the activation prepared at a time: bounds the scratch memory of a long prefill.
 _ROWS_AT_A_TIME = 512
@@ -60,16 +45,34 @@ extern "C" {{export}}
 {{kernel.def_kernel(inputs=inputs, outputs={"y": Y}, aliases=aliases)}}
 {
   {{kernel.maybe_codegen_profile()}}
-  using namespace quark::{{namespace}};
+  using namespace quark::{{chosen.namespace}};
+  using T = {{T}};
   const int64_t M = {{kernel.size(GemmOut, 0)}};
   constexpr int64_t N = {{N}}, K = {{K}}, MT = {{MT}}, NT = {{NT}};
   constexpr int64_t n_tiles = (N + NT - 1) / NT;
   const int64_t most = std::min<int64_t>(M, {{rows_at_a_time}});
   const auto memory = quark::scratch(quark::round_up(most, MT) * row_bytes(K));
   uint8_t* const rows = memory.get();
+{%- for name in chosen.experts %}
+  const auto* const {{name}}_of_all = {{name}};
+{%- endfor %}
   #pragma omp parallel num_threads({{num_threads}})
-  for (int64_t m_begin = 0; m_begin < M; m_begin += {{rows_at_a_time}}) {
-    const int64_t m_stop = std::min<int64_t>(M, m_begin + {{rows_at_a_time}});
+  {
+{%- if chosen.scratch %}
+  const auto weight_row = quark::scratch({{chosen.scratch}} * 4);
+  float* const decoded = reinterpret_cast<float*>(weight_row.get());
+{%- endif %}
+{%- if chosen.experts %}
+  for (int64_t expert = 0; expert < {{experts}}; expert++) {
+{%- for name, stride in chosen.experts.items() %}
+  const auto* const {{name}} = {{name}}_of_all + expert * {{stride}};
+{%- endfor %}
+  const int64_t m_first = expert * (M / {{experts}}), m_last = m_first + M / {{experts}};
+{%- else %}
+  const int64_t m_first = 0, m_last = M;
+{%- endif %}
+  for (int64_t m_begin = m_first; m_begin < m_last; m_begin += {{rows_at_a_time}}) {
+    const int64_t m_stop = std::min<int64_t>(m_last, m_begin + {{rows_at_a_time}});
     const int64_t m_tiles = (m_stop - m_begin + MT - 1) / MT;
     #pragma omp for schedule(static)
     for (int64_t m = m_begin; m < m_begin + m_tiles * MT; m++) {
@@ -78,10 +81,7 @@ extern "C" {{export}}
         zero_row(row, K);
         continue;
       }
-      {{prepare}};
-{%- if mode != "Exact" %}
-      dequantize_row<{{T}}>(K, row);
-{%- endif %}
+      {{chosen.prepare}};
     }
     {{kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float)}}
     #pragma omp for collapse(2) schedule(static)
@@ -90,7 +90,7 @@ extern "C" {{export}}
         const int64_t m_start = m_begin + m_tile * MT, m_end = std::min<int64_t>(m_stop, m_start + MT);
         const int64_t n_start = n_tile * NT, n_end = std::min<int64_t>(N, n_start + NT);
         const uint8_t* prepared = rows + m_tile * MT * row_bytes(K);
-        {{tile}};
+        {{chosen.tile}};
         {%- set tile_y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", "n_end")]) %}
         {%- set tile_sum = kernel.slice_nd(
               kernel.local_buffers["tile"], [("0", "m_end - m_start"), ("0", "n_end - n_start")]) %}
@@ -98,6 +98,10 @@ extern "C" {{export}}
                               reindexers=reindexers)|indent(8, false)}}
       }
   }
+  }
+{%- if chosen.experts %}
+  }
+{%- endif %}
 }
 """
 
@@ -109,8 +113,8 @@ def _template(source: str) -> Any:
 
 
 @functools.cache
-def _headers(family: str) -> str:
-    return "\n".join((Path(__file__).parent / name).read_text() for name in ("common.h", _HEADER[family]))
+def _headers(namespace: str) -> str:
+    return "\n".join((Path(__file__).parent / f"{name}.h").read_text() for name in ("common", namespace))
 
 
 class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
@@ -178,21 +182,18 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             output_2d, reindexers = gen_2d_view_of_epilogue_buf(
                 output, template_buffer, epilogue_nodes, reindexers, [None for _ in epilogue_nodes]
             )
-        family = problem.op.partition("_")[0]
+        dtype = DTYPE_TO_CPP[self.layout.dtype]
         # Products of FP4 values and powers of two are exact in every dtype; those of FP8 values and scales are not, and
         # whoever asks Inductor for the rounding of eager code gets it.
-        rounds = family == "fp8" and config.emulate_precision_casts
-        dtype = DTYPE_TO_CPP[self.layout.dtype]
-        m = problem.m
+        chosen = kernel_for(problem, self.inputs, dtype if config.emulate_precision_casts else None)
         options: dict[str, Any] = {
             "kernel": kernel,
             "template": self,
             "torch": torch,
             "isa": self.target.isa,
             "T": dtype,
-            "mode": f"Rounded<{dtype}>" if rounds else "Exact",
-            "namespace": {"block": "mxfp4", "fp8": "fp8"}[family],
-            "headers": _headers(family),
+            "chosen": chosen,
+            "headers": _headers(chosen.namespace),
             "export": get_export_declaration(),
             "inputs": self.inputs,
             "aliases": {a: output.get_name() for a in aliases},
@@ -203,17 +204,13 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "reindexers": reindexers,
             "N": problem.n,
             "K": problem.k,
-            "MT": min(m, 8) if m else 8,
+            "MT": min(problem.m or chosen.rows, chosen.rows),
             "NT": 32,
             "rows_at_a_time": _ROWS_AT_A_TIME,
             "num_threads": self.num_threads,
-            "x_scale_per_row": "x_scale" in self.inputs and len(self.inputs["x_scale"].get_size()) == 2,
-            "weight_scale_per_channel": len(self.inputs["weight_scale"].get_size()) == 1,
+            "experts": problem.experts,
         }
-        prepare = _PREPARE[f"{problem.op} {problem.granularity}".strip()]
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(gemm_out)):
-            options["prepare"] = _template(prepare).render(**options)
-            options["tile"] = _template(_TILE[family]).render(**options)
             return str(_template(_SOURCE).render(**options))
 
     def _bias_and_cast(self, gemm_out: Any) -> Any:
@@ -231,10 +228,16 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
 
 def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     """Inductor IR of a fused op as one call of the template."""
-    tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str)}
-    inputs = dict(zip(tensors, contiguous_inputs(*tensors.values()), strict=True))
+    tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str | int)}
+    rows = tensors["x"].get_size()[:-1]
+    if problem.experts:
+        *_, k = tensors["x"].get_size()
+        tensors["x"] = view(tensors["x"], [rows[0] * rows[1], k])
+    strided = ("weight", "weight_scale", "weight_zero_point") if problem.weight_format in ("int8", "uint8") else ()
+    inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     size = [inputs["x"].get_size()[0], problem.n]
     layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])
     choices: list[Any] = []
     CppQuarkGemm(target, problem, inputs, layout).maybe_append_choice(choices)
-    return select_choice(f"quark_{problem.op}", choices, list(inputs.values()), layout)
+    result = select_choice(f"quark_{problem.op}", choices, list(inputs.values()), layout)
+    return view(result, [*rows, problem.n]) if problem.experts else result

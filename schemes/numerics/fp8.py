@@ -111,7 +111,7 @@ def dequantize_weight(
     multiplier = scale.float()
     if block_size is not None:
         multiplier = _spread(multiplier, block_size, codes.shape)
-    elif multiplier.ndim == 1:
+    elif multiplier.ndim == codes.ndim - 1:
         multiplier = multiplier.unsqueeze(-1)
     return (codes.float() * multiplier).to(dtype)
 

@@ -66,6 +66,24 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: str) -> Tensor
     return (quotient + zero_point.to(torch.float32)).clamp(low, high).to(codes_dtype(dtype))
 
 
+def quantize_groups(x: Tensor, group_size: int, dtype: str, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize an activation with a scale and zero point for each group of neighbours along K.
+
+    Args:
+        x: floating point ``[M, K]``, K a multiple of ``group_size``.
+        group_size: elements a group.
+        dtype: ``"int8"``, ...
+        symmetric: as in :func:`parameters`.
+
+    Returns:
+        Codes ``[M, K]``, scales and zero points ``[M, K / group_size]``.
+    """
+    groups = x.unflatten(-1, (-1, group_size))
+    scale, zero_point = parameters(groups, dtype, symmetric, -1)
+    codes = quantize(groups, scale, zero_point, dtype).flatten(-2)
+    return codes, scale.squeeze(-1), zero_point.squeeze(-1)
+
+
 def quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, dtype: str) -> Tensor:
     """:func:`quantize` as amd-quark does it to a weight: twice.
 
@@ -95,6 +113,15 @@ def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: t
     """:func:`dequantize` of codes ``[N, K]`` with scales and zero points ``[N, K/G]``."""
     groups = codes.unflatten(-1, (scale.shape[-1], -1))
     return dequantize(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype).flatten(-2)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`dequantize` of codes ``[N, K]`` with scales and zero points ``[]``, ``[N]`` or ``[N, K/G]``."""
+    if scale.ndim == 2:
+        return dequantize_groups(codes, scale, zero_point, dtype)
+    if scale.ndim == 1:
+        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+    return dequantize(codes, scale, zero_point, dtype)
 
 
 def quantized_weight(

@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 
 from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
 from quark_inductor.lowering.cpp import Cpp
-from quark_inductor.lowering.registry import FUSED_OPS, count_key
+from quark_inductor.lowering.registry import FUSED_OPS, count_key, kernel_counts
 from quark_inductor.lowering.target import Target
+from quark_inductor.schemes import ops
 
 q = torch.ops.quark_inductor
 FP8 = torch.float8_e4m3fn
@@ -22,7 +23,7 @@ def test_every_gemm_has_a_lowering() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if "quark_inductor::" in name
     }
-    assert {f.__name__ for f in FUSED_OPS} == {name for name in names if name.endswith("gemm")}
+    assert {f.__name__ for f in FUSED_OPS} == {name for name in names if name.endswith("gemm")} == ops.FUSED_OPS
     for fused in FUSED_OPS:
         assert getattr(q, fused.__name__).default in torch._inductor.lowering.lowerings
 
@@ -41,48 +42,93 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[GemmProblem]:
 
 
 def operands(m: int, n: int, k: int) -> dict[str, torch.Tensor]:
-    scales = {
-        "x_scale": torch.ones(m, k // 32, dtype=torch.uint8),
-        "w_scale": torch.ones(n, k // 32, dtype=torch.uint8),
-    }
     return {
         "x": torch.zeros(m, k, dtype=torch.bfloat16),
         "codes": torch.zeros(m, k // 2, dtype=torch.uint8),
+        "x_scale": torch.ones(m, k // 32, dtype=torch.uint8),
         "weight": torch.zeros(n, k // 2, dtype=torch.uint8),
+        "w_scale": torch.ones(n, k // 32, dtype=torch.uint8),
         "fp8": torch.zeros(m, k).to(FP8),
+        "token": torch.ones(m, 1, dtype=torch.float32),
+        "groups": torch.ones(m, 4, dtype=torch.bfloat16),
         "fp8_weight": torch.zeros(n, k).to(FP8),
         "one": torch.ones((), dtype=torch.bfloat16),
-        **scales,
+        "channel": torch.ones(n, dtype=torch.bfloat16),
+        "integers": torch.zeros(m, k, dtype=torch.int8),
+        "integer": torch.zeros((), dtype=torch.int32),
+        "packed": torch.zeros(k, n // 8, dtype=torch.int32),
+        "packed_scale": torch.ones(2, n, dtype=torch.bfloat16),
+        "packed_zero": torch.zeros(2, n // 8, dtype=torch.int32),
     }
 
 
+BY_MXFP4 = {"weight_format": "mxfp4", "weight_scale_ndim": 2}
+BY_FP8 = {"weight_format": "fp8_e4m3"}
+
+
 @pytest.mark.parametrize(
-    ("op", "names", "strings", "expected"),
+    ("op", "names", "constants", "expected"),
     [
+        ("weight_only_gemm", "x weight w_scale - - -", ("mxfp4",), {"dtype": "bfloat16", **BY_MXFP4}),
         (
-            "block_gemm",
-            "codes x_scale weight w_scale -",
+            "weight_only_gemm",
+            "x packed packed_scale - packed_zero channel",
+            ("uint4",),
+            {"dtype": "bfloat16", "weight_format": "uint4", "weight_scale_ndim": 2},
+        ),
+        (
+            "quantized_gemm",
+            "codes x_scale - - weight w_scale - - -",
             ("mxfp4", "mxfp4", "float16"),
-            {"dtype": "float16", "formats": ("mxfp4", "mxfp4")},
+            {"dtype": "float16", "x_format": "mxfp4", "x_granularity": "per_group", **BY_MXFP4},
         ),
         (
-            "block_prologue_gemm",
-            "x weight w_scale -",
-            ("mxfp4", "even", "mxfp4"),
-            {"dtype": "bfloat16", "formats": ("mxfp4", "mxfp4")},
-        ),
-        ("fp8_gemm", "fp8 one fp8_weight one -", ("float32",), {"dtype": "float32"}),
-        (
-            "fp8_prologue_gemm",
-            "x - fp8_weight one -",
-            ("per_token",),
-            {"dtype": "bfloat16", "granularity": "per_token"},
+            "quantized_gemm",
+            "fp8 one - - fp8_weight one - - -",
+            ("fp8_e4m3", "fp8_e4m3", "float32"),
+            {"dtype": "float32", "x_format": "fp8_e4m3", "x_granularity": "per_tensor", **BY_FP8},
         ),
         (
-            "fp8_prologue_gemm",
-            "x one fp8_weight one -",
-            ("per_tensor",),
-            {"dtype": "bfloat16", "granularity": "per_tensor"},
+            "quantized_gemm",
+            "fp8 token - - fp8_weight channel - - channel",
+            ("fp8_e4m3", "fp8_e4m3", "float32"),
+            {
+                "dtype": "float32",
+                "x_format": "fp8_e4m3",
+                "x_granularity": "per_token",
+                "weight_scale_ndim": 1,
+                **BY_FP8,
+            },
+        ),
+        (
+            "quantized_gemm",
+            "integers groups - integer weight w_scale - - -",
+            ("int8", "mxfp4", "bfloat16"),
+            {"dtype": "bfloat16", "x_format": "int8", "x_granularity": "per_group", **BY_MXFP4},
+        ),
+        (
+            "prologue_gemm",
+            "x - - - weight w_scale - - -",
+            ("mxfp4", "even", 0, "mxfp4"),
+            {"dtype": "bfloat16", "x_format": "mxfp4", "scale_rule": "even", **BY_MXFP4},
+        ),
+        (
+            "prologue_gemm",
+            "x - - - fp8_weight one - - -",
+            ("fp8_e4m3", "amax", 16, "fp8_e4m3"),
+            {"dtype": "bfloat16", "x_format": "fp8_e4m3", "scale_rule": "amax", "group_size": 16, **BY_FP8},
+        ),
+        (
+            "prologue_gemm",
+            "x one - - fp8_weight one - - -",
+            ("fp8_e4m3", "given", 0, "fp8_e4m3"),
+            {
+                "dtype": "bfloat16",
+                "x_format": "fp8_e4m3",
+                "scale_rule": "given",
+                "x_granularity": "per_tensor",
+                **BY_FP8,
+            },
         ),
     ],
 )
@@ -92,18 +138,18 @@ def test_the_problem_is_described(
     asked: list[GemmProblem],
     op: str,
     names: str,
-    strings: tuple[str, ...],
+    constants: tuple[str | int, ...],
     expected: dict[str, Any],
     dynamic: bool,
 ) -> None:
     """Also what happens to an op that somebody made whom no rule asked: an error that names what each provider said."""
-    m, n, k = 3, 5, 64
+    m, n, k = 3, 24, 64
     tensors = operands(m, n, k)
     args = [tensors.get(name) for name in names.split()]
     if dynamic:
         torch._dynamo.mark_dynamic(args[0], 0)
     with pytest.raises(Exception, match=f"quark_inductor::{op} has no kernel on cpu .*: cpp: never") as error:
-        compiled(lambda *a: getattr(q, op)(*a, *strings), *args)
+        compiled(lambda *a: getattr(q, op)(*a, *constants), *args)
     assert "Call the scheme's emulation instead" in str(error.value)
     assert asked[-1] == GemmProblem(op=op, m=None if dynamic else m, n=n, k=k, **expected)
     assert not [key for key in counters["inductor"] if key.startswith("quark.")]
@@ -112,14 +158,18 @@ def test_the_problem_is_described(
 def test_kernels_are_counted(compiled: Callable[..., Any]) -> None:
     tensors = operands(3, 5, 64)
     x, weight, scale = tensors["x"], tensors["weight"], tensors["w_scale"]
+    rest = (None, None, None, weight, scale, None, None, None, "mxfp4", "even", 0, "mxfp4")
 
-    def twice(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        first = q.block_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4")
-        return first, q.block_prologue_gemm(x + 1, weight, scale, None, "mxfp4", "even", "mxfp4")
+    def three(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        both = q.prologue_gemm(x, *rest), q.prologue_gemm(x + 1, *rest)
+        return *both, q.weight_only_gemm(x, weight, scale, None, None, None, "mxfp4")
 
-    compiled(twice, x)
+    before = kernel_counts().get("cpp", 0)
+    compiled(three, x)
     counted = {key: count for key, count in counters["inductor"].items() if key.startswith("quark.")}
-    assert counted == {"quark.block_prologue_gemm.cpp": 2} == {count_key("block_prologue_gemm", "cpp"): 2}
+    assert counted == {count_key("prologue_gemm", "cpp"): 2, count_key("weight_only_gemm", "cpp"): 1}
+    assert set(counted) == {"quark.prologue_gemm.cpp", "quark.weight_only_gemm.cpp"}
+    assert kernel_counts()["cpp"] == before + 3
 
 
 @pytest.fixture
@@ -152,4 +202,4 @@ def test_a_forced_provider_makes_the_kernel(compiled: Callable[..., Any], second
     for provider in ("cpp", "second"):
         counters.clear()
         compiled(fp8_linear, torch.ones(3, 64), **{"quark.provider": provider})
-        assert counters["inductor"][f"quark.fp8_prologue_gemm.{provider}"] == 1, provider
+        assert counters["inductor"][f"quark.prologue_gemm.{provider}"] == 1, provider

@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
 from quark_inductor import testing
-from quark_inductor.patterns import _inductor
+from quark_inductor.patterns import _inductor, base
 from quark_inductor.patterns.pipeline import GraphResult
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import QuarkLinear, scheme_for, set_parameters
@@ -30,6 +30,11 @@ class Rewritten:
         """Calls of an op; of one of ours by its bare name."""
         op = getattr(torch.ops.quark_inductor, op).default if isinstance(op, str) else op
         return len(self.graph.find_nodes(op="call_function", target=op))
+
+    def arguments(self, op: str) -> dict[str, Any]:
+        """Those of the only call of an op of ours, by name."""
+        (node,) = self.graph.find_nodes(op="call_function", target=getattr(torch.ops.quark_inductor, op).default)
+        return base.arguments(node)
 
     def fused(self) -> dict[str, int]:
         """Calls of every op of ours that is in the graph."""

@@ -1,6 +1,6 @@
 """What a rule is: how rules are registered, matched and refused, and how a layer is named."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from quark_inductor.patterns.base import (
-    Options,
+    STAGES,
+    Found,
     Rule,
     Variant,
+    arguments,
+    call,
     register_rule,
     registered_rules,
     unregister_rule,
-    with_and_without_bias,
 )
 from quark_inductor.schemes.errors import QuarkInductorError
 
@@ -32,11 +34,11 @@ class SinOfCos(Rule):
         for c in (2.0, 3.0):
             yield Variant(lambda x, c=c: torch.sin(torch.cos(x) * c), {"x": torch.ones(2)}, {"c": c})
 
-    def check(self, match: Any, facts: Mapping[str, Any], options: Options) -> str | None:
+    def check(self, found: Found) -> str | None:
         return self.reason
 
-    def rewrite(self, match: Any, facts: Mapping[str, Any]) -> Node:
-        return match.graph.call_function(aten.tan.default, (match.kwargs["x"],))
+    def rewrite(self, found: Found) -> Node:
+        return found.node.graph.call_function(aten.tan.default, (found["x"],))
 
 
 @pytest.fixture
@@ -51,13 +53,31 @@ def test_names_are_unique(rule: type[Rule]) -> None:
         register_rule(rule)
 
 
-def test_order_is_that_of_registration(rule: type[Rule]) -> None:
-    """A prologue rule works on what the GEMM rule of its format made."""
-    names = [r.name for r in registered_rules()]
-    assert sorted(names) == ["block_gemm", "block_prologue", "fp8_gemm", "fp8_prologue", "sin_of_cos"]
-    assert names[-1] == "sin_of_cos"
-    for family in ("fp8", "block"):
-        assert names.index(f"{family}_gemm") < names.index(f"{family}_prologue")
+def test_a_stage_is_one_of_three() -> None:
+    class Late(SinOfCos):
+        name = "late"
+        stage = "afterwards"
+
+    with pytest.raises(QuarkInductorError, match="'late' has the stage 'afterwards'; expected one of weight, act"):
+        register_rule(Late)
+    assert "late" not in [r.name for r in registered_rules()]
+
+
+def test_order_is_that_of_stages(rule: type[Rule]) -> None:
+    """An activation's rule works on what the weight's made, a prologue's on what the activation's made."""
+    rules = {r.name: r.stage for r in registered_rules()}
+    families = {
+        "weight": {"block", "fp8", "integer", "int4"},
+        "activation": {"block", "fp8", "integer"},
+        "prologue": {"block", "fp8", "integer"},
+    }
+    assert rules == {
+        "sin_of_cos": "weight",
+        **{f"{family}_{stage}": stage for stage, names in families.items() for family in names},
+    }
+    assert [*dict.fromkeys(rules.values())] == [*STAGES]
+    # Within its stage in the order of registration.
+    assert [name for name, stage in rules.items() if stage == "weight"][-1] == "sin_of_cos"
 
 
 @pytest.mark.parametrize("c", [2.0, 3.0])
@@ -122,14 +142,46 @@ def test_a_refusal_says_what_where_and_who(
     assert torch.equal(done.output, torch.sin(torch.cos(x) * 2.0))
 
 
-def test_with_and_without_bias() -> None:
-    def search(x: Tensor, bias: Tensor | None) -> Tensor:
-        return x if bias is None else x + bias
+def test_what_a_rule_is_not_about_is_no_refusal(
+    rule: type[SinOfCos], rewrite: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "reason", "")
+    done = rewrite(lambda x: torch.sin(torch.cos(x) * 2.0), torch.ones(5))
+    (result,) = (p for p in done.result.passes if p.name == "sin_of_cos")
+    assert (result.matches, result.refusals) == (0, ())
 
-    x = torch.ones(2, 3)
-    with_bias, without = with_and_without_bias(search, {"x": x}, 3, torch.float32, fact=1)
-    assert set(with_bias.example) == {"x", "bias"}
-    assert with_bias.example["bias"].shape == (3,)
-    assert set(without.example) == {"x"}
-    assert torch.equal(without.search(**without.example), x)
-    assert with_bias.facts == without.facts == {"fact": 1}
+
+def test_a_variant_of_another_dtype_is_not_traced(rewrite: Callable[..., Any]) -> None:
+    """Tracing takes time; one whose result is of no dtype in the graph cannot match."""
+
+    class OfTwoDtypes(SinOfCos):
+        name = "of_two_dtypes"
+        traced: list[torch.dtype] = []  # noqa: RUF012  a note for this test
+
+        def variants(self) -> Iterable[Variant]:
+            for dtype in (torch.float64, torch.float32):
+
+                def search(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+                    self.traced.append(dtype)
+                    return torch.sin(torch.cos(x) * 2.0)
+
+                yield Variant(search, {"x": torch.ones(2, dtype=dtype)}, dtype=dtype)
+
+    register_rule(OfTwoDtypes)
+    try:
+        for _ in range(2):
+            done = rewrite(lambda x: torch.sin(torch.cos(x) * 2.0) + 1, torch.ones(5))
+            assert done.result.matches("of_two_dtypes") == 1
+    finally:
+        unregister_rule("of_two_dtypes")
+    assert set(OfTwoDtypes.traced) == {torch.float32}
+
+
+def test_a_call_has_every_argument_by_name() -> None:
+    """Positional, ``None`` where it is not named, and what the op does not take is left out."""
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    op = torch.ops.quark_inductor.block_quantize.default
+    node = call(graph, op, {"scale_rule": "even", "x": x, "format": "mxfp4", "weight": weight})
+    assert node.args == (x, "mxfp4", "even", None)
+    assert arguments(node) == {"x": x, "format": "mxfp4", "scale_rule": "even", "global_scale": None}

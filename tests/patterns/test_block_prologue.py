@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quark_inductor.schemes import ops
-
 K, N = 64, 48
 q = torch.ops.quark_inductor
 
@@ -22,12 +20,37 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def test_fuses_once(rewrite: Callable[..., Any], linear: Callable[..., Any], dtype: torch.dtype, bias: bool) -> None:
     model, x = linear("mxfp4", bias=bias, dtype=dtype), randn(3, K, dtype=dtype)
     done = rewrite(model, x)
-    assert done.fused() == {"block_prologue_gemm": 1}
-    assert done.result.matches("block_gemm") == done.result.matches("block_prologue") == 1
-    assert done.result.unfused == ()
-    (node,) = done.graph.find_nodes(op="call_function", target=q.block_prologue_gemm.default)
-    assert node.args[4:] == ("mxfp4", "even", "mxfp4")
-    assert (node.args[3] is None) is not bias
+    assert done.fused() == {"prologue_gemm": 1}
+    rules = ("block_weight", "block_activation", "block_prologue")
+    assert [done.result.matches(rule) for rule in rules] == [1, 1, 1]
+    assert done.result.unfused == done.result.left == ()
+    arguments = done.arguments("prologue_gemm")
+    formats = {name: arguments[name] for name in ("x_format", "scale_rule", "group_size", "weight_format")}
+    assert formats == {"x_format": "mxfp4", "scale_rule": "even", "group_size": 0, "weight_format": "mxfp4"}
+    assert (arguments["x_scale"], arguments["x_scale_2"], arguments["x_zero_point"]) == (None, None, None)
+    assert (arguments["bias"] is None) is not bias
+    assert torch.equal(done.output, model(x))
+
+
+@pytest.mark.parametrize(
+    ("preset", "format", "scale_rule"),
+    [
+        ("mxfp8", "mxfp8_e4m3", "rceil"),
+        ("mxfp6_e3m2", "mxfp6_e3m2", "even"),
+        ("mxfp4_mxfp6_e2m3", "mxfp6_e2m3", "even"),
+        ("nvfp4", "nvfp4", "sequential"),
+        ("amdfp4", "amdfp4_g16", "nearest"),
+    ],
+)
+def test_formats_and_scale_rules(
+    rewrite: Callable[..., Any], linear: Callable[..., Any], preset: str, format: str, scale_rule: str
+) -> None:
+    model, x = linear(preset), randn(3, K)
+    done = rewrite(model, x)
+    arguments = done.arguments("prologue_gemm")
+    assert (arguments["x_format"], arguments["scale_rule"]) == (format, scale_rule)
+    assert (arguments["x_scale_2"] is None) is (preset != "nvfp4")
+    assert done.result.left == ()
     assert torch.equal(done.output, model(x))
 
 
@@ -38,7 +61,7 @@ def test_any_rank(
 ) -> None:
     model, x = linear("mxfp4", dtype=torch.bfloat16), randn(*rows, K, dtype=torch.bfloat16)
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"block_prologue_gemm": 1}
+    assert done.fused() == {"prologue_gemm": 1}
     assert torch.equal(done.output, model(x))
 
 
@@ -54,79 +77,30 @@ def test_three_gemms_of_one_input(rewrite: Callable[..., Any], linear: Callable[
 
     model, x = Qkv(), randn(2, 3, K)
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"block_prologue_gemm": 3}
-    assert (done.result.matches("block_gemm"), done.result.matches("block_prologue")) == (3, 3)
+    assert done.fused() == {"prologue_gemm": 3}
+    assert (done.result.matches("block_activation"), done.result.matches("block_prologue")) == (3, 3)
     for got, expected in zip(done.output, model(x), strict=True):
         assert torch.equal(got, expected)
 
 
-class Quantizes(nn.Module):
-    """An MXFP4 Linear from our ops. Subclasses change one thing each."""
-
-    out_dtype = "float32"
+class CodesUsedTwice(nn.Module):
+    """An MXFP4 Linear from our ops, and what else reads the codes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Buffer(torch.arange(N * K // 2).reshape(N, K // 2).to(torch.uint8))
         self.weight_scale = nn.Buffer(torch.full((N, K // 32), 127, dtype=torch.uint8))
 
-    def gemm(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return ops.block_gemm(codes, scales, self.weight, self.weight_scale, None, "mxfp4", "mxfp4", self.out_dtype)
-
-    def forward(self, x: Tensor, other: Tensor) -> Any:
-        return self.gemm(*q.block_quantize(x, "mxfp4", "even"))
-
-
-class ScalesOfAnother(Quantizes):
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return self.gemm(q.block_quantize(x, "mxfp4", "even")[0], q.block_quantize(other, "mxfp4", "even")[1])
-
-
-class CodesChanged(Quantizes):
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         codes, scales = q.block_quantize(x, "mxfp4", "even")
-        return self.gemm(codes ^ 8, scales)
-
-
-class FlattenedAfterwards(Quantizes):
-    """The quantize is of three dimensions: its results are flattened, so it is not the GEMM's own."""
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        codes, scales = q.block_quantize(x.unsqueeze(1), "mxfp4", "even")
-        return self.gemm(codes.flatten(0, 1), scales.flatten(0, 1))
-
-
-@pytest.mark.parametrize("model", [ScalesOfAnother, CodesChanged, FlattenedAfterwards])
-def test_near_miss(rewrite: Callable[..., Any], model: type[Quantizes]) -> None:
-    module, args = model(), (randn(3, K), randn(3, K, seed=1))
-    done = rewrite(module, *args)
-    assert done.result.matches("block_prologue") == 0
-    assert done.count("block_gemm") == 1
-    assert done.result.unfused == ()
-    assert torch.equal(done.output, module(*args))
-
-
-def test_an_activation_of_another_dtype_is_refused(rewrite: Callable[..., Any]) -> None:
-    module, args = Quantizes(), (randn(3, K, dtype=torch.bfloat16), randn(3, K))
-    done = rewrite(module, *args)
-    assert done.fused() == {"block_quantize": 1, "block_gemm": 1}
-    (refusal,) = (r for p in done.result.passes for r in p.refusals)
-    assert (
-        refusal.reason == "the activation is torch.bfloat16, the result torch.float32: a prologue GEMM keeps one dtype"
-    )
-    assert refusal.rule == "block_prologue"
-    assert torch.equal(done.output, module(*args))
-
-
-class CodesUsedTwice(Quantizes):
-    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-        codes, scales = q.block_quantize(x, "mxfp4", "even")
-        return self.gemm(codes, scales), codes + 1, scales + 1
+        operand = q.block_dequantize(codes, scales, "mxfp4", "float32")
+        weight = q.block_dequantize(self.weight, self.weight_scale, "mxfp4", "float32")
+        return operand @ weight.t(), codes + 1, scales + 1
 
 
 def test_another_user_of_the_codes(rewrite: Callable[..., Any]) -> None:
-    module, args = CodesUsedTwice(), (randn(3, K), randn(3, K))
-    done = rewrite(module, *args)
-    assert done.fused() == {"block_quantize": 1, "block_prologue_gemm": 1}
-    for got, expected in zip(done.output, module(*args), strict=True):
+    module, x = CodesUsedTwice(), randn(3, K)
+    done = rewrite(module, x)
+    assert done.fused() == {"block_quantize": 1, "prologue_gemm": 1}
+    for got, expected in zip(done.output, module(x), strict=True):
         assert torch.equal(got, expected)

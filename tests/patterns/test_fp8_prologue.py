@@ -10,15 +10,11 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 K, N = 64, 48
-PRESETS = {"fp8": "per_tensor", "fp8_dynamic": "per_tensor", "ptpc_fp8": "per_token"}
+PRESETS = {"fp8": "given", "fp8_dynamic": "given", "ptpc_fp8": "amax"}
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def prologues(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    return graph.find_nodes(op="call_function", target=torch.ops.quark_inductor.fp8_prologue_gemm.default)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -29,16 +25,39 @@ def test_fuses_once(
 ) -> None:
     model, x = linear(preset, K, N, bias=bias, dtype=dtype), randn(3, K, dtype=dtype)
     done = rewrite(model, x)
-    assert done.fused() == {"fp8_prologue_gemm": 1}
-    assert done.result.matches("fp8_gemm") == done.result.matches("fp8_prologue") == 1
+    assert done.fused() == {"prologue_gemm": 1}
+    assert [done.result.matches(f"fp8_{stage}") for stage in ("weight", "activation", "prologue")] == [1, 1, 1]
     assert done.result.unfused == ()
-    (node,) = prologues(done.graph)
-    assert node.args[-1] == PRESETS[preset]
-    assert (node.args[1] is None) is (preset == "ptpc_fp8")  # the scale is computed in the prologue, or given
-    assert (node.args[4] is None) is not bias
+    arguments = done.arguments("prologue_gemm")
+    assert (arguments["x_format"], arguments["weight_format"]) == ("fp8_e4m3", "fp8_e4m3")
+    assert (arguments["scale_rule"], arguments["group_size"]) == (PRESETS[preset], 0)
+    assert (arguments["x_scale"] is None) is (preset == "ptpc_fp8")  # the scale is computed in the prologue, or given
+    assert (arguments["bias"] is None) is not bias
     # Nothing of the quantize is left, but the amax of a whole tensor, which no row can compute.
     assert done.count(torch.ops.aten.amax.default) == (preset == "fp8_dynamic")
     assert done.count(torch.ops.prims.convert_element_type.default) == (preset == "fp8_dynamic")
+    assert torch.equal(done.output, model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_groups(rewrite: Callable[..., Any], linear: Callable[..., Any], dtype: torch.dtype) -> None:
+    model, x = linear("fp8_block128", 256, 200, dtype=dtype), randn(3, 256, dtype=dtype)
+    done = rewrite(model, x)
+    assert done.fused() == {"prologue_gemm": 1}
+    arguments = done.arguments("prologue_gemm")
+    assert (arguments["scale_rule"], arguments["group_size"]) == ("amax", 128)
+    assert (arguments["x_scale"], arguments["weight_format"]) == (None, "fp8_e4m3_128x128")
+    assert done.result.left == ()
+    assert torch.equal(done.output, model(x))
+
+
+@pytest.mark.parametrize("preset", ["fp8_e5m2", "mxfp4_fp8_token", "int4_fp8"])
+def test_other_formats_and_weights(rewrite: Callable[..., Any], linear: Callable[..., Any], preset: str) -> None:
+    model, x = linear(preset), randn(3, K)
+    done = rewrite(model, x)
+    assert done.fused() == {"prologue_gemm": 1}
+    assert done.result.matches("fp8_prologue") == 1
+    assert done.arguments("prologue_gemm")["x_format"] == ("fp8_e5m2" if preset == "fp8_e5m2" else "fp8_e4m3")
     assert torch.equal(done.output, model(x))
 
 
@@ -50,7 +69,7 @@ def test_any_rank(
 ) -> None:
     model, x = linear(preset, dtype=torch.bfloat16), randn(*rows, K, dtype=torch.bfloat16)
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert done.fused() == {"prologue_gemm": 1}
     assert torch.equal(done.output, model(x))
 
 
@@ -72,7 +91,7 @@ def test_three_gemms_of_one_input(
 
     model = Qkv()
     done = rewrite(model, x, dynamic=dynamic)
-    assert done.fused() == {"fp8_prologue_gemm": 3}
+    assert done.fused() == {"prologue_gemm": 3}
     assert done.count(torch.ops.aten.amax.default) == (preset == "fp8_dynamic")
     for got, expected in zip(done.output, model(x), strict=True):
         assert torch.equal(got, expected)
@@ -104,13 +123,12 @@ class Quantizes(nn.Module):
         return self.gemm(self.quantize(x, scale), scale)
 
 
-def test_the_model_of_the_near_misses_fuses(rewrite: Callable[..., Any]) -> None:
-    """Else each of them would be a far miss."""
-    for dtype in (torch.float32, torch.bfloat16):
-        args = randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype)
-        done = rewrite(Quantizes(dtype), *args)
-        assert done.fused() == {"fp8_prologue_gemm": 1}
-        assert prologues(done.graph)[0].args[-1] == "per_token"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_amax_is_computed_in_the_prologue(rewrite: Callable[..., Any], dtype: torch.dtype) -> None:
+    args = randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype)
+    done = rewrite(Quantizes(dtype), *args)
+    assert done.fused() == {"prologue_gemm": 1}
+    assert done.arguments("prologue_gemm")["scale_rule"] == "amax"
 
 
 class AmaxOfAnother(Quantizes):
@@ -145,52 +163,17 @@ class NoAbs(Quantizes):
         return scale + (scale == 0).to(scale.dtype) * 2.0**-23
 
 
-class OtherLimits(Quantizes):
-    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
-        return (x / scale).clamp(-240.0, 240.0).to(FP8)
-
-
-class OneLimit(Quantizes):
-    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
-        return (x / scale).clamp(max=448.0).to(FP8)
-
-
-class Multiplied(Quantizes):
-    """By the reciprocal: rounds differently."""
-
-    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
-        return (x * (1 / scale)).clamp(-448.0, 448.0).to(FP8)
-
-
-class DequantizedByAnother(Quantizes):
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return self.gemm(self.quantize(x, self.scale(x)), self.scale(other))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("model", "refused"),
-    [
-        # The quantize is the kernel's, the scale is not: near enough for a reason.
-        (AmaxOfAnother, True),
-        (AmaxBefore, True),
-        (OtherEps, True),
-        (OtherMax, True),
-        (NoAbs, True),
-        (OtherLimits, False),
-        (OneLimit, False),
-        (Multiplied, False),
-        (DequantizedByAnother, False),
-    ],
-)
-def test_near_miss(rewrite: Callable[..., Any], model: type[Quantizes], refused: bool, dtype: torch.dtype) -> None:
-    """The quantize stays as it is, and its codes go into the GEMM of codes."""
+@pytest.mark.parametrize("model", [AmaxOfAnother, AmaxBefore, OtherEps, OtherMax, NoAbs])
+def test_another_scale_is_given(rewrite: Callable[..., Any], model: type[Quantizes], dtype: torch.dtype) -> None:
+    """It is nearly that of the prologue: computed before the GEMM, as the graph says, and given to it."""
     module = model(dtype)
     args = randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype)
     done = rewrite(module, *args)
-    assert done.fused() == {"fp8_gemm": 1}
-    reasons = [r.reason for p in done.result.passes for r in p.refusals]
-    assert [("is not amax / 448 of its rows" in r) for r in reasons] == [True] * refused
+    assert done.fused() == {"prologue_gemm": 1}
+    arguments = done.arguments("prologue_gemm")
+    assert arguments["scale_rule"] == "given"
+    assert arguments["x_scale"].meta["val"].shape == (3, 1)
     assert done.result.unfused == ()
     assert torch.equal(done.output, module(*args))
 
@@ -205,9 +188,9 @@ def test_a_scale_of_one_number_may_come_from_anywhere(rewrite: Callable[..., Any
     """It is computed before the GEMM, and given to it."""
     module, args = PerTensorOfAnother(), (randn(3, K), randn(5, K, seed=2))
     done = rewrite(module, *args)
-    assert done.fused() == {"fp8_prologue_gemm": 1}
-    (node,) = prologues(done.graph)
-    assert (node.args[-1], node.args[1].target) == ("per_tensor", torch.ops.aten.div.Tensor)
+    assert done.fused() == {"prologue_gemm": 1}
+    arguments = done.arguments("prologue_gemm")
+    assert (arguments["scale_rule"], arguments["x_scale"].target) == ("given", torch.ops.aten.div.Tensor)
     assert torch.equal(done.output, module(*args))
 
 
@@ -221,7 +204,7 @@ class CodesUsedTwice(Quantizes):
 def test_another_user_of_the_codes(rewrite: Callable[..., Any]) -> None:
     module, args = CodesUsedTwice(), (randn(3, K), randn(3, K))
     done = rewrite(module, *args)
-    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert done.fused() == {"prologue_gemm": 1}
     for got, expected in zip(done.output, module(*args), strict=True):
         assert torch.equal(got, expected)
 
@@ -237,6 +220,6 @@ def test_an_activation_of_another_dtype(rewrite: Callable[..., Any], dtype: torc
     module, args = Given(), ((randn(3, K) * 100).to(dtype), torch.tensor(0.37))
     expected = module(*args)
     done = rewrite(module, *args)
-    assert done.fused() == {"fp8_gemm": 1}
+    assert done.fused() == {"quantized_gemm": 1}
     assert done.output.dtype == expected.dtype == torch.float32
     assert torch.equal(done.output, expected)

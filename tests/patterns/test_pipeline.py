@@ -15,14 +15,16 @@ import quark_inductor
 from quark_inductor.lowering import cpp
 from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
 from quark_inductor.lowering.target import Target
-from quark_inductor.patterns import pipeline
-from quark_inductor.patterns.base import Options, PassResult, Refusal
+from quark_inductor.patterns import nearest, pipeline
+from quark_inductor.patterns.base import Options, PassResult, Refusal, registered_rules
 from quark_inductor.patterns.pipeline import GraphResult, LateDecompositionPass, RulesPass, collect_results
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import NotFusedError, TrainingError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-PRESETS = ["mxfp4", "fp8", "fp8_dynamic", "ptpc_fp8"]
+PRESETS = ["mxfp4", "fp8", "fp8_dynamic", "ptpc_fp8", "ptpc_int8"]
+# Of a Linear with a quantized activation, when nobody may make kernels.
+EMULATED = "prologue_gemm, quantized_gemm, weight_only_gemm: cpp: option quark.provider is 'emulation'"
 
 
 class Mlp(nn.Module):
@@ -49,7 +51,7 @@ def test_every_linear_of_a_model_has_its_name(rewrite: Callable[..., Any], name:
     assert done.fused().keys() <= {"block_quantize", "block_dequantize"}
     assert len(done.result.unfused) == 14
     assert {u.layer for u in done.result.unfused} == linears
-    assert {u.reason for u in done.result.unfused} == {"cpp: option quark.provider is 'emulation'"}
+    assert {u.reason for u in done.result.unfused} == {EMULATED}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -64,33 +66,36 @@ def test_a_refused_layer_is_named(
         done = rewrite(model, x, provider="emulation")
     names = ["layers.0.up", "layers.1"]
     assert [u.layer for u in done.result.unfused] == names
-    assert [r.getMessage() for r in caplog.records if r.name.startswith("quark_inductor")] == [
-        f"{name} runs as emulation: cpp: option quark.provider is 'emulation'" for name in names
-    ]
+    # Once a reason.
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("quark_inductor")]
+    assert messages == [f"layers.0.up and 1 more run as emulation: {EMULATED}"]
     assert torch.equal(done.output, model(x))
 
 
-# One of each way to store a weight and to quantize an activation for which there is no rule yet.
-UNFUSED = ["mxfp4_weight_only", "mxfp4_fp8", "mxfp6_e2m3", "mxfp8", "nvfp4", "nvfp4_weight_only", "amdfp4"]
-UNFUSED += ["fp8_weight_only", "int8", "ptpc_int8", "int8_weight_only", "int4_wo_32", "uint4_wo_32"]
-UNFUSED += ["uint4_wo_per_channel", "int4_fp8"]
+# One of each way to store a weight and to quantize an activation.
+WAYS = ["mxfp4_weight_only", "mxfp4_fp8", "mxfp6_e2m3", "mxfp8", "nvfp4", "nvfp4_weight_only", "amdfp4"]
+WAYS += ["fp8_weight_only", "fp8_e5m2", "int8", "ptpc_int8", "int8_weight_only", "int4_wo_32", "uint4_wo_32"]
+WAYS += ["uint4_wo_per_channel", "int4_fp8"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "reason"),
-    [
-        *((preset, "no rule's pattern is this graph") for preset in UNFUSED),
-        ("fp8_e5m2", "the operands are torch.float8_e5m2 and torch.float8_e5m2, expected two torch.float8_e4m3fn"),
-    ],
-)
+@pytest.mark.parametrize("preset", WAYS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_that_no_rule_takes_is_found_by_its_codes(
-    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], preset: str, reason: str, bias: bool
+    rewrite: Callable[..., Any],
+    linear: Callable[..., QuarkLinear],
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    bias: bool,
 ) -> None:
+    for module in (pipeline, nearest):
+        monkeypatch.setattr(module, "registered_rules", lambda: ())
     model, x = nn.Sequential(linear(preset, bias=bias), nn.Linear(48, 8)), torch.randn(3, 64)
     done = rewrite(model, x)
-    assert [(u.layer, u.reason.partition(";")[0]) for u in done.result.unfused] == [("0", reason)]
-    assert done.fused().keys() <= {"block_quantize", "block_dequantize"}
+    assert [(u.layer, u.reason, u.rule) for u in done.result.unfused] == [("0", "no rule's pattern is this graph", "")]
+    (result,) = done.result.linears
+    assert (result.layer, result.provider, result.rules, result.shape) == ("0", "emulation", (), (48, 64))
+    assert (result.problem, result.fused) == (None, False)
+    assert done.fused().keys() <= {"block_quantize", "block_dequantize", "int4_unpack"}
     assert torch.equal(done.output, model(x))
 
 
@@ -144,8 +149,8 @@ def test_strict_names_every_layer(rewrite: Callable[..., Any], linear: Callable[
         cause = cause.__cause__
     for message in (str(error.value), str(cause)):
         assert "2 quantized Linears were not fused, and quark.strict asks for all of them" in message
-        assert "\n  layers.0.up: cpp: option quark.provider is 'emulation'" in message
-        assert "\n  layers.1: cpp: option quark.provider is 'emulation'" in message
+        assert f"\n  layers.0.up: {EMULATED}" in message
+        assert f"\n  layers.1: {EMULATED}" in message
     assert rewrite(model, torch.randn(3, 64), strict=True).result.unfused == ()
 
 
@@ -166,9 +171,9 @@ def test_two_layers_keep_their_own_reasons(
 
     monkeypatch.setattr(cpp.Cpp, "can_run", lambda self, target, p: No("too large") if p.n > 64 else None)
     done = rewrite(Mixed(), torch.randn(3, 64))
-    assert done.fused() == {"fp8_prologue_gemm": 1}
+    assert done.fused() == {"prologue_gemm": 1}
     assert {(u.layer, u.reason.partition(";")[0]) for u in done.result.unfused} == {
-        ("large", "cpp: too large"),
+        ("large", "prologue_gemm, quantized_gemm, weight_only_gemm: cpp: too large"),
         ("", "no rule's pattern is this graph"),
     }
 
@@ -179,8 +184,10 @@ def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
     assert done.fused() == {}
     assert done.result.unfused == ()
     # Nothing matched, and every pass says so.
-    rules = {"fp8_gemm", "fp8_prologue", "block_gemm", "block_prologue"}
-    assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | {"hoist_views", "cse"}}
+    others = {"hoist_views", "cse", "select_providers"}
+    rules = {rule.name for rule in registered_rules()}
+    assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | others}
+    assert done.result.linears == done.result.left == ()
     torch.testing.assert_close(done.output, model(x))
 
 
@@ -191,14 +198,14 @@ def test_every_graph_leaves_a_result(linear: Callable[..., QuarkLinear], rewrite
     with collect_results() as outer:
         inner = rewrite(linear("mxfp4"), torch.randn(3, 64))
     assert outer == []  # the innermost collector has it
-    assert inner.result.matches("block_gemm") == 1
+    assert inner.result.matches("block_weight") == 1
     assert inner.result.matches("no such rule") == 0
     assert all(p.ms >= 0 for p in inner.result.passes)
 
 
 def test_matches_are_summed() -> None:
     passes = (PassResult("a", 2, (), 0.1), PassResult("b", 5, (), 0.1), PassResult("a", 1, (), 0.1))
-    assert GraphResult(passes, ()).matches("a") == 3
+    assert GraphResult(passes, (), (), ()).matches("a") == 3
 
 
 # --- training

@@ -65,7 +65,7 @@ model = quark_inductor.load({str(FIXTURES / "mxfp4")!r})
 mlp = torch.compile(model.model.layers[0].mlp, backend="quark")
 with torch.inference_mode():
     assert mlp(torch.ones(1, 2, 128, dtype=torch.bfloat16)).isfinite().all()
-print(counters["inductor"]["quark.block_prologue_gemm.cpp"])
+print(counters["inductor"]["quark.prologue_gemm.cpp"])
 """
     assert python(code, tmp_path) == "3\n"
 
@@ -220,7 +220,7 @@ def test_they_run_too(through: str, provider: str | None) -> None:
         quantized, x = model("mxfp4"), torch.randn(3, 64)
         y = torch.compile(quantized, backend="quark", fullgraph=True, options=options)(x)
     torch.testing.assert_close(y, quantized(x))
-    assert notes == [("joint", BEFORE), ("post", {"block_prologue_gemm"} if provider is None else set())]
+    assert notes == [("joint", BEFORE), ("post", {"prologue_gemm"} if provider is None else set())]
 
 
 def test_a_list_of_them() -> None:

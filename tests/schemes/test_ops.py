@@ -4,9 +4,9 @@ Where values are compared, every product and sum is a small whole number: exact 
 product is the expected result bit for bit.
 """
 
+from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -16,78 +16,153 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quark_inductor.schemes import ops, registry  # noqa: F401
 from quark_inductor.schemes.base import QuarkLinear, scheme_for
 from quark_inductor.schemes.errors import QuarkInductorError, TrainingError
+from quark_inductor.schemes.numerics import int4
 from quark_inductor.schemes.spec import PRESETS
 
 OPS = torch.ops.quark_inductor
-NAMES = ["block_dequantize", "block_gemm", "block_prologue_gemm", "block_quantize", "fp8_gemm", "fp8_prologue_gemm"]
+NAMES = [
+    "block_dequantize",
+    "block_quantize",
+    "int4_unpack",
+    "prologue_gemm",
+    "quantized_gemm",
+    "weight_only_gemm",
+]
 FP8 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-GEMMS = [
-    "block_gemm",
-    "block_prologue_gemm",
-    "fp8_gemm static",
-    "fp8_gemm per token",
-    "fp8_prologue_gemm static",
-    "fp8_prologue_gemm",
-]
 M, N, K = 5, 24, 64
+# An activation, and a weight: see Operands.
+GEMMS = [
+    *(
+        ("float", weight)
+        for weight in (
+            "mxfp4",
+            "mxfp6_e2m3",
+            "nvfp4",
+            "amdfp4_g16",
+            "fp8_e4m3",
+            "fp8_e4m3_16x48",
+            "int8",
+            "uint8 groups",
+            "int4",
+            "uint4_order groups",
+            "int4_fp8",
+        )
+    ),
+    ("mxfp4 codes", "mxfp4"),
+    ("mxfp6_e2m3 codes", "mxfp4"),
+    ("nvfp4 codes", "nvfp4"),
+    ("fp8 codes static", "fp8_e4m3"),
+    ("fp8 codes per token", "fp8_e4m3 channels"),
+    ("fp8 codes by groups", "fp8_e4m3_16x48"),
+    ("int8 codes", "int8 no zero point"),
+    ("mxfp4 even", "mxfp4"),
+    ("mxfp8_e4m3 rceil", "mxfp8_e4m3"),
+    ("fp8 given", "fp8_e4m3"),
+    ("fp8 amax", "fp8_e4m3 channels"),
+    ("fp8 amax by groups", "mxfp4"),
+    ("int8 given", "int8"),
+    ("uint8 asymmetric", "uint8 groups"),
+]
+# How many of an activation are too large for every sum to be exact in 16 bits, as their scale must be 1.
+LARGE = ("fp8 amax", "fp8 amax by groups", "mxfp8_e4m3 rceil", "uint8 asymmetric")
+gemms = pytest.mark.parametrize("gemm", GEMMS, ids=" by ".join)
 
 
 class Operands:
-    """Operands of every GEMM for one dtype, whose dequantized values are whole numbers."""
+    """Operands of a GEMM for one dtype, whose dequantized values are whole numbers."""
 
-    def __init__(self, dtype: torch.dtype, bias: bool, m: int = M) -> None:
+    def __init__(self, oracle: ModuleType, gemm: tuple[str, str], dtype: torch.dtype, bias: bool, m: int = M) -> None:
         generator = np.random.default_rng(9)
-        # With a 4 in every block of 32 (or a 448 in every row) a dynamic scale is 1, and these values are exact.
+        self.oracle, (self.activation, self.weight), self.dtype = oracle, gemm, dtype
         self.x = generator.choice([-2.0, -1.0, 0.0, 1.0, 2.0], (m, K))
-        self.x[:, ::32] = 4.0
+        # The largest of a block, group or row: with it a computed scale is 1, and these values are exact.
+        if self.activation == "uint8 asymmetric":
+            self.x[:, 0], self.x[:, 1] = 200.0, -55.0
+        else:
+            self.x[:, ::32] = 448.0 if self.activation in LARGE else 4.0
         self.w = generator.choice([-2.0, -1.0, 0.0, 1.0, 2.0], (N, K))
         self.b = generator.integers(-8, 9, N).astype(float)
-        self.dtype = dtype
         self.bias = torch.from_numpy(self.b).to(dtype) if bias else None
 
-    def args(self, gemm: str) -> tuple[Any, ...]:
-        name = str(self.dtype).removeprefix("torch.")
-        x, weight = torch.from_numpy(self.x).to(self.dtype), torch.from_numpy(self.w)
-        one = torch.ones((), dtype=self.dtype)
-        if gemm.startswith("block"):
-            packed, scale = mxfp4(self.w)
-            if gemm == "block_gemm":
-                return *mxfp4(self.x), packed, scale, self.bias, "mxfp4", "mxfp4", name
-            return x, packed, scale, self.bias, "mxfp4", "even", "mxfp4"
-        codes = weight.to(FP8)
-        if gemm == "fp8_gemm per token":
-            halves = torch.full((len(x), 1), 0.5, dtype=self.dtype)
-            scales = torch.full((N,), 2.0, dtype=self.dtype)
-            return x.to(FP8), halves, codes, scales, self.bias, name
-        if gemm == "fp8_gemm static":
-            return x.to(FP8), one * 2, codes, one / 2, self.bias, name
-        if gemm == "fp8_prologue_gemm static":
-            return x, one, codes, one, self.bias, "per_tensor"
-        x[:, 0] = 448.0
-        return x, None, codes, torch.ones(N, dtype=self.dtype), self.bias, "per_token"
+    @property
+    def name(self) -> str:
+        if self.activation == "float":
+            return "weight_only_gemm"
+        return "quantized_gemm" if "codes" in self.activation else "prologue_gemm"
 
-    def result(self, gemm: str) -> np.ndarray:
-        x = self.x.copy()
-        if gemm == "fp8_prologue_gemm":
-            x[:, 0] = 448.0
-        return x @ self.w.T + (self.b if self.bias is not None else 0.0)
+    def op(self) -> Any:
+        return getattr(OPS, self.name)
 
+    def args(self) -> tuple[Any, ...]:
+        by_weight = *self.weight_args(), self.bias
+        format = self.weight.split()[0]
+        x = torch.from_numpy(self.x).to(self.dtype)
+        if self.activation == "float":
+            return x, *by_weight, format
+        codes = self.activation.split()[0]
+        x_format = "fp8_e4m3" if codes == "fp8" else codes
+        if self.name == "quantized_gemm":
+            return *self.codes_args(x_format), *by_weight, x_format, format, ops.dtype_name(self.dtype)
+        scale = zero_point = None
+        rule = self.activation.split()[1]
+        if rule == "given":
+            scale = torch.ones((), dtype=self.dtype)
+            zero_point = torch.tensor(7, dtype=torch.int32) if codes == "int8" else None
+        group_size = 32 if "groups" in self.activation else 0
+        return x, scale, None, zero_point, *by_weight, x_format, rule, group_size, format
 
-def mxfp4(values: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Codes and scales of values that FP4 holds; the scales are 2, so the codes are of half the values."""
-    codes = (values / 2).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    return torch.from_numpy(codes[:, 0::2] | codes[:, 1::2] << 4), torch.full(
-        (len(values), K // 32), 128, dtype=torch.uint8
-    )
+    def codes_args(self, format: str) -> tuple[Tensor | None, ...]:
+        """A quantized activation: codes, scale, second scale, zero point."""
+        if format in self.oracle.BLOCKS:
+            return *self.block(self.x, format), None
+        rows = len(self.x)
+        if format == "int8":
+            offset = torch.full((rows, 1), 5, dtype=torch.int32)
+            half = torch.full((rows, 1), 0.5, dtype=self.dtype)
+            return torch.from_numpy(2 * self.x + 5).to(torch.int8), half, None, offset
+        shape = {"static": (), "token": (rows, 1), "groups": (rows, 2)}[self.activation.split()[-1]]
+        return torch.from_numpy(2 * self.x).to(FP8), torch.full(shape, 0.5, dtype=self.dtype), None, None
+
+    def block(self, values: np.ndarray, format: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes of half the values, scales of 2 (with a global scale 4 and a half), second scale."""
+        size, element, scale = self.oracle.BLOCKS[format]
+        codes = self.oracle.packed_elements(values / 2, element)
+        if element.startswith("fp8"):
+            codes = codes.view(FP8)
+        # 2 in E8M0 (127 is 1), 4 in E4M3 and 2 in E5M3.
+        code = {"e8m0": 128, "e4m3": 0x48, "e5m3": 16 << 3}[scale]
+        scales = torch.full((len(values), K // size), code, dtype=torch.uint8)
+        return (codes, scales.view(FP8), torch.tensor(0.5)) if scale == "e4m3" else (codes, scales, None)
+
+    def weight_args(self) -> tuple[Tensor | None, ...]:
+        """Weight, scale, second scale, zero point."""
+        (format, *more), w = self.weight.split(), torch.from_numpy(self.w)
+        if format in self.oracle.BLOCKS:
+            return *self.block(self.w, format), None
+        if format.startswith("fp8"):
+            shape = (2, 2) if format.endswith("x48") else (N,) if more else ()
+            return (2 * w).to(FP8), torch.full(shape, 0.5, dtype=self.dtype), None, None
+        offset = 0 if more == ["no", "zero", "point"] else 6
+        if format in ("int8", "uint8"):
+            dtype, shape = getattr(torch, format), (N, 2) if more == ["groups"] else (N,)
+            zero_point = torch.full(shape, offset, dtype=dtype) if offset else None
+            return (2 * w + offset).to(dtype), torch.full(shape, 0.5, dtype=self.dtype), None, zero_point
+        pack, codes, offset = self.oracle.packed_nibbles, self.w + 3, 3
+        if more == ["groups"]:
+            scale, zero_point = torch.ones(4, N, dtype=self.dtype), pack(np.full((4, N), offset), format)
+            return pack(codes.T, format), scale, None, zero_point
+        two_stages = format == "int4_fp8"
+        scale = torch.tensor(0.5) if two_stages else torch.ones(N, dtype=self.dtype)
+        second = torch.full((N,), 2.0) if two_stages else None
+        return pack(codes, format), scale, second, pack(np.full(N, offset), format)
+
+    def result(self) -> np.ndarray:
+        return self.x @ self.w.T + (self.b if self.bias is not None else 0.0)
 
 
 def raw_bytes(argument: Any) -> bytes | None:
     return argument.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(argument, Tensor) else None
-
-
-def gemm_op(gemm: str) -> Any:
-    return getattr(OPS, gemm.split()[0])
 
 
 # --- what is registered
@@ -103,6 +178,10 @@ def test_these_ops_and_no_others_are_defined() -> None:
     assert [name for name in defined if name.startswith("quark::")] == []
 
 
+def test_the_fused_ops_are_the_gemms() -> None:
+    assert {name for name in NAMES if name.endswith("gemm")} == ops.FUSED_OPS
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_op_is_functional_and_may_be_compiled(name: str) -> None:
     op = getattr(OPS, name).default
@@ -114,17 +193,24 @@ def test_an_op_is_functional_and_may_be_compiled(name: str) -> None:
 # --- opcheck: schema, fake, autograd registration, AOT with symbolic sizes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("gemm", GEMMS)
-def test_opcheck_of_the_gemms(gemm: str, bias: bool, dtype: torch.dtype) -> None:
-    args = Operands(dtype, bias).args(gemm)
+@pytest.mark.parametrize(("dtype", "bias"), [*((dtype, True) for dtype in DTYPES), (torch.bfloat16, False)])
+@gemms
+def test_opcheck_of_the_gemms(oracle: ModuleType, gemm: tuple[str, str], bias: bool, dtype: torch.dtype) -> None:
+    made = Operands(oracle, gemm, dtype, bias)
+    args = made.args()
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if not any(isinstance(a, Tensor) and a.dtype == FP8 for a in args):
         checks.append("test_schema")  # torch compares no FP8 tensors, which this one does
     before = [raw_bytes(a) for a in args]
-    torch.library.opcheck(gemm_op(gemm), args, test_utils=checks)
+    torch.library.opcheck(made.op(), args, test_utils=checks)
     assert [raw_bytes(a) for a in args] == before
+
+
+@pytest.mark.parametrize("format", int4.FORMATS)
+@pytest.mark.parametrize("shape", [(3,), (5, 2), (2, 3, 4)])
+def test_opcheck_of_unpack(format: str, shape: tuple[int, ...]) -> None:
+    words = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    torch.library.opcheck(OPS.int4_unpack, (words, format))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -196,23 +282,35 @@ def test_fake_of_dequantize_with_symbolic_sizes() -> None:
     assert values.shape[1] == same.shape[1] * 2
 
 
+def test_fake_of_unpack_with_symbolic_sizes() -> None:
+    words = torch.zeros(7, 3, dtype=torch.int32)
+    codes, same = symbolic(lambda w: (OPS.int4_unpack(w, "uint4"), w + 1), words)
+    assert codes.dtype == torch.int32
+    assert isinstance(codes.shape[1], torch.SymInt)
+    assert codes.shape == (same.shape[0], same.shape[1] * 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gemm", GEMMS)
-def test_fake_of_the_gemms_with_symbolic_sizes(gemm: str, dtype: torch.dtype) -> None:
-    args = Operands(dtype, bias=True).args(gemm)
+@gemms
+def test_fake_of_the_gemms_with_symbolic_sizes(oracle: ModuleType, gemm: tuple[str, str], dtype: torch.dtype) -> None:
+    made = Operands(oracle, gemm, dtype, bias=True)
+    args = made.args()
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    weight = next(i for i in places if args[i].ndim == 2 and len(args[i]) == N)
+    names = [a.name for a in made.op().default._schema.arguments]
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given = dict(zip(places, tensors, strict=True))
-        y = gemm_op(gemm)(*(given.get(i, a) for i, a in enumerate(args)))
-        return y, given[0].view(torch.uint8) + 1, given[weight].view(torch.uint8) + 1
+        y = made.op()(*(given.get(i, a) for i, a in enumerate(args)))
+        weight = given[names.index("weight")]
+        return y, given[0].view(torch.uint8) + 1, torch.zeros_like(weight, dtype=torch.uint8)
 
-    result, tokens, features = symbolic(call, *(args[i] for i in places))
+    result, tokens, weight = symbolic(call, *(args[i] for i in places))
     assert result.dtype == dtype
     assert isinstance(result.shape[0], torch.SymInt)
     assert isinstance(result.shape[1], torch.SymInt)
-    assert result.shape == (tokens.shape[0], features.shape[0])
+    # By groups packed integers are stored transposed, eight channels a word.
+    transposed = "int4_order groups" in gemm[1]
+    assert result.shape == (tokens.shape[0], weight.shape[1] * 8 if transposed else weight.shape[0])
 
 
 # --- values
@@ -220,15 +318,25 @@ def test_fake_of_the_gemms_with_symbolic_sizes(gemm: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("gemm", GEMMS)
+@gemms
 @pytest.mark.parametrize("m", [0, 1, M])
-def test_the_gemms_are_exact_on_small_whole_numbers(gemm: str, bias: bool, dtype: torch.dtype, m: int) -> None:
-    operands = Operands(dtype, bias, m)
-    y = gemm_op(gemm)(*operands.args(gemm))
-    expected = torch.from_numpy(operands.result(gemm))
-    assert torch.equal(expected.to(dtype).double(), expected) or gemm == "fp8_prologue_gemm"
+def test_the_gemms_are_exact_on_small_whole_numbers(
+    oracle: ModuleType, gemm: tuple[str, str], bias: bool, dtype: torch.dtype, m: int
+) -> None:
+    made = Operands(oracle, gemm, dtype, bias, m)
+    y = made.op()(*made.args())
+    expected = torch.from_numpy(made.result())
+    assert torch.equal(expected.to(dtype).double(), expected) or gemm[0] in LARGE
     assert y.dtype == dtype
     assert torch.equal(y, expected.to(dtype))
+
+
+@pytest.mark.parametrize("format", int4.FORMATS)
+def test_unpack_is_numpys(oracle: ModuleType, format: str) -> None:
+    words = torch.randint(-(2**31), 2**31, (4, 50), generator=torch.Generator().manual_seed(4)).to(torch.int32)
+    codes = OPS.int4_unpack(words, format)
+    assert codes.dtype == torch.int32
+    assert codes.tolist() == oracle.nibbles(words, format).tolist()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -242,23 +350,42 @@ def test_dequantize_has_the_dtype_it_is_asked_for(dtype: torch.dtype) -> None:
 # --- errors
 
 
+def weight_only(x: Tensor, c: Tensor, s: Tensor, format: str) -> Tensor:
+    return OPS.weight_only_gemm(x, c, s, None, None, None, format)
+
+
+def quantized(c: Tensor, s: Tensor, x_format: str, weight_format: str, dtype: str = "float32") -> Tensor:
+    return OPS.quantized_gemm(c, s, None, None, c, s, None, None, None, x_format, weight_format, dtype)
+
+
+def prologue(x: Tensor, c: Tensor, s: Tensor, x_format: str, rule: str, weight_format: str) -> Tensor:
+    return OPS.prologue_gemm(x, None, None, None, c, s, None, None, None, x_format, rule, 0, weight_format)
+
+
 UNKNOWN = {
     "format of quantize": lambda x, c, s: OPS.block_quantize(x, "mxfp5", "even"),
     "scale rule of quantize": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "odd"),
     "format of dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp5", "float32"),
-    "x format of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp5", "mxfp4", "float32"),
-    "weight format of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp4", "mxfp5", "float32"),
-    "x format of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp5", "even", "mxfp4"),
-    "scale rule of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp4", "odd", "mxfp4"),
-    "weight format of prologue gemm": lambda x, c, s: OPS.block_prologue_gemm(x, c, s, None, "mxfp4", "even", "mxfp5"),
+    "format of unpack": lambda x, c, s: OPS.int4_unpack(c.to(torch.int32), "int5"),
+    "weight format of weight-only gemm": lambda x, c, s: weight_only(x, c, s, "mxfp5"),
+    "weight format of weight-only gemm, fp8": lambda x, c, s: weight_only(x, c, s, "fp8_e4m4"),
+    "weight format of weight-only gemm, block": lambda x, c, s: weight_only(x, c, s, "fp8_e4m3_128"),
+    "x format of gemm": lambda x, c, s: quantized(c, s, "mxfp5", "mxfp4"),
+    "weight format of gemm": lambda x, c, s: quantized(c, s, "mxfp4", "mxfp5"),
+    "x format of prologue gemm": lambda x, c, s: prologue(x, c, s, "mxfp5", "even", "mxfp4"),
+    "scale rule of prologue gemm": lambda x, c, s: prologue(x, c, s, "mxfp4", "odd", "mxfp4"),
+    "scale rule of another family, blocks": lambda x, c, s: prologue(x, c, s, "mxfp4", "amax", "mxfp4"),
+    "scale rule of another family, fp8": lambda x, c, s: prologue(x, c, s, "fp8_e4m3", "even", "mxfp4"),
+    "scale rule of another family, integers": lambda x, c, s: prologue(x, c, s, "int8", "amax", "mxfp4"),
+    "weight format of prologue gemm": lambda x, c, s: prologue(x, c, s, "mxfp4", "even", "mxfp5"),
     "rule of another format": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "rceil"),
     "global scale too many": lambda x, c, s: OPS.block_quantize(x, "mxfp4", "even", x[0, 0]),
     "global scale too few": lambda x, c, s: OPS.block_quantize(x, "nvfp4", "combined"),
     "global scale too few to dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "nvfp4", "float32"),
     "global scale too many to dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp4", "float32", x[0, 0]),
     "dtype of dequantize": lambda x, c, s: OPS.block_dequantize(c, s, "mxfp4", "float31"),
-    "dtype of gemm": lambda x, c, s: OPS.block_gemm(c, s, c, s, None, "mxfp4", "mxfp4", "float31"),
-    "dtype of fp8 gemm": lambda x, c, s: OPS.fp8_gemm(x.to(FP8), x[0, 0], x.to(FP8), x[0, 0], None, "float31"),
+    "dtype of gemm": lambda x, c, s: quantized(c, s, "mxfp4", "mxfp4", "float31"),
+    "dtype of fp8 gemm": lambda x, c, s: quantized(x.to(FP8), x[0, 0], "fp8_e4m3", "fp8_e4m3", "float31"),
 }
 
 
@@ -268,7 +395,9 @@ def test_an_unknown_name_is_an_error_that_says_it(what: str, mode: str) -> None:
     x, codes, scales = torch.ones(2, 64), torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
     call = UNKNOWN[what] if mode == "eager" else make_fx(UNKNOWN[what], tracing_mode=mode)
     with pytest.raises(
-        ValueError, match=r"mxfp5|odd|float31|'rceil' for mxfp4|mxfp4 has no global scale|nvfp4 needs a global"
+        ValueError,
+        match=r"no \S+ format '(mxfp5|fp8_e4m4|fp8_e4m3_128|int5)'|'(odd|amax|even)' for (mxfp4|fp8_e4m3|int8)|float31"
+        r"|'rceil' for mxfp4|mxfp4 has no global scale|nvfp4 needs a global",
     ):
         call(x, codes, scales)
 

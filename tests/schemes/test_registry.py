@@ -73,26 +73,3 @@ def test_whoever_else_wants_a_preset_is_a_base_of_its_scheme(preset: str) -> Non
 @pytest.mark.parametrize("cls", registered_schemes().values(), ids=registered_schemes().keys())
 def test_a_min_capability_is_a_compute_capability_times_ten(cls: type[QuarkScheme]) -> None:
     assert cls.get_min_capability() in (0, 70, 75, 80, 89, 90, 100)
-
-
-@pytest.mark.parametrize(
-    ("preset", "op"),
-    [
-        ("mxfp4", "block_prologue_gemm"),
-        ("fp8", "fp8_prologue_gemm"),
-        ("fp8_dynamic", "fp8_prologue_gemm"),
-        ("ptpc_fp8", "fp8_prologue_gemm"),
-        ("mxfp4_weight_only", None),
-        ("mxfp4_fp8", None),
-        ("mxfp8", None),
-        ("nvfp4", None),
-        ("fp8_weight_only", None),
-        ("fp8_e5m2", None),
-        ("fp8_block128", None),
-        ("int8", None),
-        ("uint4_wo_32", None),
-        ("int4_fp8", None),
-    ],
-)
-def test_what_fuses(preset: str, op: str | None) -> None:
-    assert scheme_for(PRESETS[preset]).fused_op == op

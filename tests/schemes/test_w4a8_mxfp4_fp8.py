@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quark_inductor.schemes import registry  # noqa: F401
-from quark_inductor.schemes.base import QuarkLinear, scheme_for
+from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError
 from quark_inductor.schemes.spec import PRESETS
 from quark_inductor.schemes.w4a8_mxfp4_fp8 import QuarkW4A8_MXFP4_FP8
@@ -71,7 +71,3 @@ def test_a_damaged_input_scale_is_refused_after_loading(linear: Make, bad: float
     layer.input_scale.data.fill_(bad)
     with pytest.raises(CheckpointError, match=r"^input_scale holds a"):
         layer.scheme.process_weights_after_loading(layer)
-
-
-def test_it_has_no_rule_yet() -> None:
-    assert scheme_for(PRESETS["mxfp4_fp8"]).fused_op is None

@@ -20,6 +20,22 @@ U32 = 2.0**-24
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 
 
+def prologue_gemm(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The fused GEMM of a float activation, by a given scale or one of each row."""
+    by_weight = weight, weight_scale, None, None, bias
+    rule = "amax" if scale is None else "given"
+    return q.prologue_gemm(x, scale, None, None, *by_weight, "fp8_e4m3", rule, 0, "fp8_e4m3")
+
+
+def quantized_gemm(
+    x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The fused GEMM of codes."""
+    by_weight = weight, weight_scale, None, None, bias
+    name = str(dtype).removeprefix("torch.")
+    return q.quantized_gemm(x, scale, None, None, *by_weight, "fp8_e4m3", "fp8_e4m3", name)
+
+
 # --- the oracle: nothing here is ours
 
 
@@ -101,7 +117,7 @@ class Gemms(nn.Module):
             x = (torch.randn(m, k, generator=generator) * rows).to(self.dtype(i))
             x[::5] = 0.0
             one = torch.tensor(0.013).to(x.dtype)
-            if self.op == "fp8_prologue_gemm":
+            if self.op == "prologue_gemm":
                 made.append((x, None if self.per_token(i) else one))
             else:
                 made.append(((x * 50).to(FP8), (rows / 50).to(x.dtype) if self.per_token(i) else one))
@@ -111,16 +127,14 @@ class Gemms(nn.Module):
         outputs = []
         for i, (x, scale) in enumerate(inputs):
             args = x, scale, self.weights[i], self.scales[i], self.biases[i] if self.has_bias(i) else None
-            if self.op == "fp8_prologue_gemm":
-                outputs.append(q.fp8_prologue_gemm(*args, "per_token" if scale is None else "per_tensor"))
-            else:
-                outputs.append(q.fp8_gemm(*args, str(self.dtype(i)).removeprefix("torch.")))
+            prologue = self.op == "prologue_gemm"
+            outputs.append(prologue_gemm(*args) if prologue else quantized_gemm(*args, self.dtype(i)))
         return outputs
 
     def check(self, inputs: list[tuple[Tensor, Tensor | None]], outputs: list[Tensor]) -> None:
         for i, ((x, given), y) in enumerate(zip(inputs, outputs, strict=True)):
             scale = dynamic_scale(x) if given is None else given.double().numpy()
-            operand = (codes_of(x, scale) if self.op == "fp8_prologue_gemm" else values(x)) * scale
+            operand = (codes_of(x, scale) if self.op == "prologue_gemm" else values(x)) * scale
             channels = self.scales[i].double().numpy().reshape(-1, 1)
             assert y.dtype is self.dtype(i)
             check(y, operand, values(self.weights[i]) * channels, self.biases[i] if self.has_bias(i) else None)
@@ -138,7 +152,7 @@ def any_m(inputs: list[Any]) -> list[Any]:
 SHAPES = [(1, 1), (31, 17), (32, 33), (33, 100), (64, 32), (100, 160), (192, 64), (32, 576)]
 
 
-@pytest.mark.parametrize("op", ["fp8_prologue_gemm", "fp8_gemm"])
+@pytest.mark.parametrize("op", ["prologue_gemm", "quantized_gemm"])
 def test_any_number_of_rows(isa: str, op: str) -> None:
     """One kernel for every M; 600 is more than the 512 rows prepared at a time."""
     model = Gemms(SHAPES[2:6] if isa == "portable" else SHAPES, op)
@@ -154,7 +168,7 @@ def test_any_number_of_rows(isa: str, op: str) -> None:
 def test_a_number_of_rows_known_when_compiling(isa: str) -> None:
     """Up to 8 rows a tile of just so many, above that tiles of 8."""
     shapes = [(33, 100), (33, 33), (33, 17), (1, 64), (100, 32), (33, 100), (32, 17)]
-    model = Gemms(shapes, "fp8_prologue_gemm")
+    model = Gemms(shapes, "prologue_gemm")
     inputs = model.inputs(1, 1, 2, 3, 7, 8, 9)
     model.check(inputs, torch.compile(model, backend="quark", fullgraph=True, dynamic=False)(inputs))
 
@@ -162,9 +176,8 @@ def test_a_number_of_rows_known_when_compiling(isa: str) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_no_rows(given: bool) -> None:
     weight, scale = torch.ones(33, 100).to(FP8), torch.tensor(0.5) if given else None
-    granularity = "per_tensor" if given else "per_token"
     compiled = torch.compile(
-        lambda x: q.fp8_prologue_gemm(x, scale, weight, torch.ones(33), None, granularity),
+        lambda x: prologue_gemm(x, scale, weight, torch.ones(33), None),
         backend="quark",
         fullgraph=True,
     )
@@ -177,11 +190,8 @@ def test_no_rows(given: bool) -> None:
 def reveal(x: Tensor, scale: Tensor | None) -> Tensor:
     """The quantized activation, as the result of a GEMM with the identity."""
     identity = torch.eye(x.shape[1]).to(FP8)
-    granularity = "per_token" if scale is None else "per_tensor"
     one = torch.ones((), dtype=x.dtype)
-    compiled = torch.compile(
-        lambda x: q.fp8_prologue_gemm(x, scale, identity, one, None, granularity), backend="quark", fullgraph=True
-    )
+    compiled = torch.compile(lambda x: prologue_gemm(x, scale, identity, one, None), backend="quark", fullgraph=True)
     torch._dynamo.mark_dynamic(x, 0)
     return compiled(x)
 
@@ -252,7 +262,7 @@ def test_every_product_of_two_codes(isa: str, emulate: bool) -> None:
     scales = [tuple(torch.tensor(v).to(dtype) for v in (0.013, 0.637)) for dtype in DTYPES]
 
     def products(codes: Tensor, weight: Tensor) -> list[Tensor]:
-        return [q.fp8_gemm(codes, x, weight, w, None, str(x.dtype).removeprefix("torch.")) for x, w in scales]
+        return [quantized_gemm(codes, x, weight, w, None, x.dtype) for x, w in scales]
 
     compiled = torch.compile(
         products, backend="quark", fullgraph=True, options={"emulate_precision_casts": emulate}, dynamic=False
@@ -275,9 +285,7 @@ def test_a_nan_in_the_weight(isa: str, k: int) -> None:
     weight = torch.ones(5, k).to(FP8)
     weight.view(torch.uint8)[1, k - 1], weight.view(torch.uint8)[3, 0] = 0x7F, 0xFF
     x, one = torch.zeros(3, k), torch.ones(())
-    y = torch.compile(
-        lambda x: q.fp8_prologue_gemm(x, None, weight, one, None, "per_token"), backend="quark", fullgraph=True
-    )(x)
+    y = torch.compile(lambda x: prologue_gemm(x, None, weight, one, None), backend="quark", fullgraph=True)(x)
     assert y.isnan().tolist() == [[False, True, False, True, False]] * 3
     assert y[:, ::2].tolist() == [[0.0] * 3] * 3
 
@@ -289,9 +297,7 @@ def test_a_nan_or_an_infinity_in_a_row(isa: str) -> None:
     x[1, 39], x[2, 7] = float("nan"), -float("inf")
     for scale in (torch.tensor(0.25), None):
         y = torch.compile(
-            lambda x, scale=scale: q.fp8_prologue_gemm(
-                x, scale, weight, one, None, "per_token" if scale is None else "per_tensor"
-            ),
+            lambda x, scale=scale: prologue_gemm(x, scale, weight, one, None),
             backend="quark",
             fullgraph=True,
         )(x)
@@ -305,8 +311,8 @@ def test_the_scales_neither_overflow_nor_vanish(isa: str, x: float, weight_scale
     """The result is ordinary, though the codes' sum times one of the scales is not (or has lost its bits)."""
     weight, scale = torch.full((3, 64), 256.0).to(FP8), torch.tensor(weight_scale)
     activation = torch.full((2, 64), x)
-    y = torch.compile(
-        lambda x: q.fp8_prologue_gemm(x, None, weight, scale, None, "per_token"), backend="quark", fullgraph=True
-    )(activation)
+    y = torch.compile(lambda x: prologue_gemm(x, None, weight, scale, None), backend="quark", fullgraph=True)(
+        activation
+    )
     row = dynamic_scale(activation)
     check(y, codes_of(activation, row) * row, values(weight) * weight_scale, None)

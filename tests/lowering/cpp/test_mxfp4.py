@@ -19,6 +19,20 @@ U32 = 2.0**-24
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 
 
+def prologue_gemm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The fused GEMM of a float activation."""
+    by_weight = weight, scale, None, None, bias
+    return q.prologue_gemm(x, None, None, None, *by_weight, "mxfp4", "even", 0, "mxfp4")
+
+
+def quantized_gemm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The fused GEMM of codes."""
+    by_weight = weight, scale, None, None, bias
+    return q.quantized_gemm(x, x_scale, None, None, *by_weight, "mxfp4", "mxfp4", str(dtype).removeprefix("torch."))
+
+
 # --- the oracle: nothing here is ours
 
 
@@ -109,10 +123,9 @@ class Gemms(nn.Module):
         for i, x in enumerate(inputs):
             weight, scale, bias = self.weights[i], self.scales[i], self.bias(i)
             if self.prologue:
-                outputs.append(q.block_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"))
+                outputs.append(prologue_gemm(x, weight, scale, bias))
             else:
-                dtype = str(self.dtypes[i]).removeprefix("torch.")
-                outputs.append(q.block_gemm(*x, weight, scale, bias, "mxfp4", "mxfp4", dtype))
+                outputs.append(quantized_gemm(*x, weight, scale, bias, self.dtypes[i]))
         return outputs
 
     def check(self, inputs: list[Any], outputs: list[Tensor]) -> None:
@@ -170,7 +183,7 @@ def revealing() -> Callable[[Tensor], Tensor]:
     packed = identity[:, ::2] | identity[:, 1::2] << 4
     scale = torch.full((32, 1), 127, dtype=torch.uint8)
     compiled = torch.compile(
-        lambda x: q.block_prologue_gemm(x, packed, scale, None, "mxfp4", "even", "mxfp4"),
+        lambda x: prologue_gemm(x, packed, scale, None),
         backend="quark",
         fullgraph=True,
     )
@@ -222,7 +235,7 @@ def test_every_scale_byte_of_a_weight(isa: str, k: int) -> None:
     x = torch.zeros(1, k)
     x[0, k - 32] = 1.0
     y = torch.compile(
-        lambda x: q.block_prologue_gemm(x, weight, scale, None, "mxfp4", "even", "mxfp4"),
+        lambda x: prologue_gemm(x, weight, scale, None),
         backend="quark",
         fullgraph=True,
     )(x)
@@ -237,7 +250,7 @@ def test_every_scale_byte_of_an_activation(isa: str) -> None:
     weight, one = torch.zeros(1, 16, dtype=torch.uint8), torch.full((1, 1), 127, dtype=torch.uint8)
     weight[0, 0] = 2
     y = torch.compile(
-        lambda scales: q.block_gemm(codes, scales, weight, one, None, "mxfp4", "mxfp4", "float32"),
+        lambda scales: quantized_gemm(codes, scales, weight, one, None, torch.float32),
         backend="quark",
         fullgraph=True,
     )(torch.arange(256, dtype=torch.uint8)[:, None])
@@ -253,7 +266,7 @@ def test_every_product_of_two_codes(isa: str) -> None:
     x[:, 3] = weight[:, 3] = codes
     one, as_one = torch.full((16, 1), 127, dtype=torch.uint8), torch.full((16, 1), 127, dtype=torch.uint8)
     gemm = torch.compile(
-        lambda x, weight: q.block_gemm(x, one, weight, as_one, None, "mxfp4", "mxfp4", "float32"),
+        lambda x, weight: quantized_gemm(x, one, weight, as_one, None, torch.float32),
         backend="quark",
         fullgraph=True,
     )

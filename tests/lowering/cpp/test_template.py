@@ -30,19 +30,54 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def mxfp4_gemm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The fused GEMM of a float activation, both in MXFP4."""
+    by_weight = weight, scale, None, None, bias
+    return q.prologue_gemm(x, None, None, None, *by_weight, "mxfp4", "even", 0, "mxfp4")
+
+
+def fp8_gemm(
+    x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The fused GEMM of a float activation, both in FP8, by a given scale or one of each row."""
+    by_weight = weight, weight_scale, None, None, bias
+    rule = "amax" if scale is None else "given"
+    return q.prologue_gemm(x, scale, None, None, *by_weight, "fp8_e4m3", rule, 0, "fp8_e4m3")
+
+
+def fp8_codes_gemm(x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """The fused GEMM of FP8 codes."""
+    by_weight = weight, weight_scale, None, None, None
+    return q.quantized_gemm(x, scale, None, None, *by_weight, "fp8_e4m3", "fp8_e4m3", "float32")
+
+
+def int4_gemm(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The fused GEMM of a float activation that stays one, by integers."""
+    return q.weight_only_gemm(x, weight, scale, None, zero_point, bias, "uint4")
+
+
 def mxfp4(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """A fused GEMM of a float activation, and the largest magnitudes a float64 sum may have: ``|x| @ |weight|.T``."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
     scale = torch.full((N, K // 32), 124, dtype=torch.uint8)
-    return lambda x: q.block_prologue_gemm(x, weight, scale, bias, "mxfp4", "even", "mxfp4"), q.block_dequantize(
-        weight, scale, "mxfp4", "float32"
-    )
+    return lambda x: mxfp4_gemm(x, weight, scale, bias), q.block_dequantize(weight, scale, "mxfp4", "float32")
 
 
 def fp8(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     weight, scale = randn(N, K, seed=5).to(FP8), randn(N, seed=6).abs()
-    return lambda x: q.fp8_prologue_gemm(x, None, weight, scale, bias, "per_token"), weight.float() * scale[:, None]
+    return lambda x: fp8_gemm(x, None, weight, scale, bias), weight.float() * scale[:, None]
+
+
+def uint4(bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Of a float activation as it is, by ``generic.h``."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randint(-(2**31), 2**31, (N, K // 8), generator=generator).to(torch.int32)
+    zero_point = torch.full((N // 8,), 0x77777777, dtype=torch.int32)
+    scale = randn(N, seed=6).abs()
+    codes, offset = q.int4_unpack(weight, "uint4"), q.int4_unpack(zero_point, "uint4")
+    values = (codes - offset[:, None]) * scale[:, None]
+    return lambda x: int4_gemm(x, weight, scale, zero_point, bias), values
 
 
 def gemm_error(x: Tensor, weight: Tensor) -> Tensor:
@@ -54,7 +89,7 @@ def gemm_error(x: Tensor, weight: Tensor) -> Tensor:
     return n * U32 / (1 - n * U32) * (2 * x.abs().amax(-1, keepdim=True) * weight.abs().sum(-1) + 1)
 
 
-@pytest.mark.parametrize("make", [mxfp4, fp8])
+@pytest.mark.parametrize("make", [mxfp4, fp8, uint4])
 def test_an_epilogue_is_fused(compiled: Callable[..., Any], make: Callable[..., Any]) -> None:
     bias = randn(N, seed=1)
     gemm, weight = make(bias)
@@ -81,7 +116,7 @@ def test_an_epilogue_is_part_of_the_kernel(isa: str) -> None:
     assert ("#define QUARK_AVX512" in code) == (isa == "avx512_vnni")
 
 
-@pytest.mark.parametrize("make", [mxfp4, fp8])
+@pytest.mark.parametrize("make", [mxfp4, fp8, uint4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_users_of_the_result(compiled: Callable[..., Any], make: Callable[..., Any], dtype: torch.dtype) -> None:
     gemm, weight = make(None)
@@ -110,8 +145,8 @@ def test_one_result_goes_into_the_next(compiled: Callable[..., Any]) -> None:
     scale = torch.full((64, 2), 122, dtype=torch.uint8)
 
     def fn(x: Tensor) -> Tensor:
-        y = x + q.block_prologue_gemm(x, first, scale, None, "mxfp4", "even", "mxfp4")
-        return y + q.block_prologue_gemm(y, second, scale, None, "mxfp4", "even", "mxfp4")
+        y = x + mxfp4_gemm(x, first, scale)
+        return y + mxfp4_gemm(y, second, scale)
 
     # Small integers: every number on the way is exact in float32, so eager and compiled agree bit by bit.
     x = torch.randint(-4, 5, (5, 64), generator=generator).float()
@@ -135,7 +170,7 @@ def strange(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("make", [mxfp4, fp8])
+@pytest.mark.parametrize("make", [mxfp4, fp8, uint4])
 def test_strides_and_offsets(make: Callable[..., Any]) -> None:
     gemm, _ = make(None)
     inputs = strange(randn(5, K))
@@ -148,13 +183,43 @@ def test_strides_and_offsets(make: Callable[..., Any]) -> None:
 def test_weights_in_another_order() -> None:
     """A weight stored transposed is brought into the order the kernels read."""
     weight, scale, x = randn(N, K).to(FP8), torch.rand(N) + 0.5, randn(5, K)
-    gemm = torch.compile(
-        lambda x, w, s: q.fp8_prologue_gemm(x, None, w, s, None, "per_token"), backend="quark", fullgraph=True
-    )
+    gemm = torch.compile(lambda x, w, s: fp8_gemm(x, None, w, s), backend="quark", fullgraph=True)
     transposed, spread = weight.t().contiguous().t(), torch.stack((scale, scale + 9), 1)[:, 0]
     assert not transposed.is_contiguous()
     assert not spread.is_contiguous()
     assert torch.equal(gemm(x, transposed, spread), gemm(x, weight, scale))
+
+
+def test_integers_are_read_by_their_strides(compiled: Callable[..., Any]) -> None:
+    """Codes, scales and zero points of 8-bit integers, stored transposed, or with something between them.
+
+    All numbers are small integers and the scales powers of two: every sum is exact, whatever its order.
+    """
+    generator = torch.Generator().manual_seed(9)
+    codes = torch.randint(-8, 8, (N, K), generator=generator, dtype=torch.int8)
+    zero_point = torch.randint(-3, 4, (N, 4), generator=generator, dtype=torch.int8)
+    scale = torch.exp2(torch.randint(-2, 3, (N, 4), generator=generator))
+    x = torch.randint(-6, 7, (5, K), generator=generator).float()
+
+    def gemm(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        return q.weight_only_gemm(x, weight, scale, None, zero_point, None, "int8")
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, tensor + 1), -1)[..., 0]
+
+    forms = [
+        (codes.t().contiguous().t(), scale.t().contiguous().t(), zero_point.t().contiguous().t()),
+        (spread(codes), spread(scale), spread(zero_point)),
+        (codes.t().contiguous().t(), scale, zero_point.t().contiguous().t()),
+        (spread(codes), spread(scale)[:, 0], spread(zero_point)[:, 0]),
+        (codes, spread(scale)[:, 1], None),
+    ]
+    assert not any(tensor.is_contiguous() for tensor in (*forms[0], *forms[1]))
+    results = compiled(lambda x, forms: [gemm(x, *form) for form in forms], x, forms)
+    for y, (weight, by, offset) in zip(results, forms, strict=True):
+        columns = by.repeat_interleave(K // 4, 1) if by.ndim == 2 else by[:, None]
+        offsets = 0 if offset is None else offset.repeat_interleave(K // 4, 1) if by.ndim == 2 else offset[:, None]
+        assert torch.equal(y, x @ ((weight.float() - offsets) * columns).t())
 
 
 def test_a_part_of_a_tensor_is_read_where_it_begins(compiled: Callable[..., Any]) -> None:
@@ -174,20 +239,50 @@ def test_a_part_of_a_tensor_is_read_where_it_begins(compiled: Callable[..., Any]
     codes, scales = integers(2, 5, K).to(FP8), torch.tensor([1.0, 2.0**-7, 2.0])
     packed = torch.randint(0, 256, (2, N, K // 2), generator=generator, dtype=torch.uint8)
     exponents = torch.randint(125, 130, (2, N, K // 32), generator=generator, dtype=torch.uint8)
+    words = torch.randint(-(2**31), 2**31, (2, N, K // 8), generator=generator).to(torch.int32)
+    zero_points = torch.randint(-(2**31), 2**31, (2, N // 8), generator=generator).to(torch.int32)
+    e4m3 = powers(N, K // 16).to(FP8)
+    int8, offsets = integers(2, N, K).to(torch.int8), integers(2, N).to(torch.int8)
+
+    def int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return q.weight_only_gemm(x, weight, scale, None, zero_point, None, "int8")
 
     def parts(x: Tensor, i: int) -> list[Tensor]:
         rows = slice(3 * i, 3 * i + 5)
         return [
-            q.fp8_prologue_gemm(x[rows], scales[0], weight[0], scale[0], None, "per_tensor"),
-            q.fp8_prologue_gemm((x + 1)[rows], scales[0], weight[0], scale[0], None, "per_tensor"),
-            q.fp8_prologue_gemm(x, scales[0], weight[i], scale[0], None, "per_tensor"),
-            q.fp8_prologue_gemm(x, scales[0], weight[0], scale[i], None, "per_tensor"),
-            q.fp8_prologue_gemm(x, scales[0], weight[0], scale[0], bias[i], "per_tensor"),
-            q.fp8_prologue_gemm(x, scales[i], weight[0], scale[0], None, "per_tensor"),
-            q.fp8_gemm(codes[i], scales[1 + i], weight[0], scale[0], None, "float32"),
-            q.block_prologue_gemm(x[rows], packed[0], exponents[0], None, "mxfp4", "even", "mxfp4"),
-            q.block_prologue_gemm(x, packed[i], exponents[0], None, "mxfp4", "even", "mxfp4"),
-            q.block_prologue_gemm(x, packed[0], exponents[i], None, "mxfp4", "even", "mxfp4"),
+            fp8_gemm(x[rows], scales[0], weight[0], scale[0]),
+            fp8_gemm((x + 1)[rows], scales[0], weight[0], scale[0]),
+            fp8_gemm(x, scales[0], weight[i], scale[0]),
+            fp8_gemm(x, scales[0], weight[0], scale[i]),
+            fp8_gemm(x, scales[0], weight[0], scale[0], bias[i]),
+            fp8_gemm(x, scales[i], weight[0], scale[0]),
+            fp8_codes_gemm(codes[i], scales[1 + i], weight[0], scale[0]),
+            mxfp4_gemm(x[rows], packed[0], exponents[0]),
+            mxfp4_gemm(x, packed[i], exponents[0]),
+            mxfp4_gemm(x, packed[0], exponents[i]),
+            int4_gemm(x[rows], words[0], scale[0], zero_points[0]),
+            int4_gemm(x, words[i], scale[0], zero_points[0]),
+            int4_gemm(x, words[0], scale[i], zero_points[0]),
+            int4_gemm(x, words[0], scale[0], zero_points[i]),
+            int8_gemm(x, int8[i], scale[0], offsets[0]),
+            int8_gemm(x, int8[0], scale[i], offsets[0]),
+            int8_gemm(x, int8[0], scale[0], offsets[i]),
+            # Both global scales are parts of one tensor.
+            q.prologue_gemm(
+                x,
+                None,
+                scales[i],
+                None,
+                packed[0],
+                e4m3,
+                scales[2 * i],
+                None,
+                None,
+                "nvfp4",
+                "sequential",
+                0,
+                "nvfp4",
+            ),
         ]
 
     wrong = []
@@ -204,7 +299,7 @@ def test_a_part_that_begins_where_only_run_time_knows() -> None:
     weight, scale = randn(N, K, seed=1).to(FP8), torch.rand(N) + 0.5
 
     def gemm(x: Tensor) -> Tensor:
-        return q.fp8_prologue_gemm(x, None, weight, scale, None, "per_token")
+        return fp8_gemm(x, None, weight, scale)
 
     of_half = torch.compile(lambda x: gemm(x[x.shape[0] // 2 :]), backend="quark", fullgraph=True)
     straight = torch.compile(gemm, backend="quark", fullgraph=True)
@@ -219,9 +314,7 @@ def test_a_part_that_begins_where_only_run_time_knows() -> None:
 def test_one_tensor_given_twice() -> None:
     """As both scales, and as both operands: a kernel has one argument for it then."""
     x, scale = randn(5, K).to(FP8), torch.tensor(0.5)
-    y = torch.compile(
-        lambda x, s: q.fp8_gemm(x, s, x, s, None, "float32"), backend="quark", fullgraph=True, dynamic=False
-    )(x, scale)
+    y = torch.compile(lambda x, s: fp8_codes_gemm(x, s, x, s), backend="quark", fullgraph=True, dynamic=False)(x, scale)
     # Codes have 4 bits and a half is exact: 96 products of up to 2^12, all multiples of 2^-20.
     torch.testing.assert_close(y, x.float() @ x.float().t() / 4, rtol=(K + 3) * U32, atol=2.0**-12)
 
@@ -261,8 +354,8 @@ def test_both_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         torch._dynamo.reset()
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            first = q.block_prologue_gemm(x, packed, scales, None, "mxfp4", "even", "mxfp4")
-            return first, q.fp8_prologue_gemm(x, one[0], weight, one[1], None, "per_tensor")
+            first = mxfp4_gemm(x, packed, scales)
+            return first, fp8_gemm(x, one[0], weight, one[1])
 
         results.append(torch.compile(both, backend="quark", fullgraph=True)(x))
     for fast, portable in zip(*results, strict=True):
@@ -276,6 +369,7 @@ DRIVER = r"""
 #include "common.h"
 #include "mxfp4.h"
 #include "fp8.h"
+#include "generic.h"
 #include <sys/mman.h>
 #include <unistd.h>
 #include <cstdio>
@@ -377,6 +471,138 @@ void fp8_case(int64_t n, int64_t k) {
     }
 }
 
+// The sum of a prepared row and a decoded one, in double.
+static double product(const float* a, const float* b, int64_t k, double* magnitude) {
+  double exact = 0;
+  *magnitude = 0;
+  for (int64_t i = 0; i < k; i++) exact += double(a[i]) * b[i], *magnitude += std::abs(double(a[i]) * b[i]);
+  return exact;
+}
+
+template <typename T, typename Prepare, typename Decode>
+void generic_gemm(int rows, int64_t n, int64_t k, Prepare prepare, Decode decode) {
+  using namespace quark::generic;
+  const auto prepared = quark::scratch(rows * row_bytes(k));
+  const auto weight = quark::scratch(row_bytes(k));
+  const buffer<float> out(rows * n);
+  for (int m = 0; m < rows; m++) zero_row(prepared.get() + m * row_bytes(k), k);
+  for (int m = 0; m < rows; m++) prepare(m, prepared.get() + m * row_bytes(k));
+  tile(prepared.get(), rows, k, 0, n, floats(weight.get()), out.get(), n, decode);
+  for (int64_t j = 0; j < n; j++) {
+    decode(j, floats(weight.get()));
+    for (int m = 0; m < rows; m++) {
+      double magnitude;
+      const double exact = product(floats(prepared.get() + m * row_bytes(k)), floats(weight.get()), k, &magnitude);
+      expect(out[m * n + j], exact, magnitude, k);
+    }
+  }
+}
+
+template <typename E, int SIZE, typename S, typename Rule, typename T>
+void generic_blocks(int rows, int64_t n, int64_t k, int bits, float global) {
+  using namespace quark::generic;
+  const buffer<T> x(rows * k);
+  for (int64_t i = 0; i < rows * k; i++) x[i] = T(number());
+  const buffer<uint8_t> codes(n * k * bits / 8), scales(n * k / SIZE);
+  for (int64_t i = 0; i < n * k * bits / 8; i++) codes[i] = uint8_t(next() & 0x77);  // no NaN
+  for (int64_t i = 0; i < n * k / SIZE; i++) scales[i] = uint8_t(60 + next() % 12);
+  const auto decode = [&](int64_t j, float* w) {
+    decode_blocks<E, SIZE, S, T>(codes.get() + j * k * bits / 8, scales.get() + j * k / SIZE, k, global, 0.0f, w);
+  };
+  const auto quantize = [&](int m, uint8_t* row) {
+    quantize_blocks<E, SIZE, Rule>(x.get() + m * k, k, global, 0x1p-23f, row);
+  };
+  generic_gemm<T>(rows, n, k, quantize, decode);
+  generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) { decode(m % n, floats(row)); }, decode);
+}
+
+template <typename T>
+void generic_integers(int rows, int64_t n, int64_t k, int64_t group) {
+  using namespace quark::generic;
+  const int64_t groups = k / group;
+  const buffer<T> x(rows * k), scale(n * groups);
+  for (int64_t i = 0; i < rows * k; i++) x[i] = T(number());
+  for (int64_t i = 0; i < n * groups; i++) scale[i] = T(0.25f + float(next() % 64) / 64.0f);
+  const buffer<int8_t> weight(n * k), zero_point(n * groups);
+  for (int64_t i = 0; i < n * k; i++) weight[i] = int8_t(next());
+  for (int64_t i = 0; i < n * groups; i++) zero_point[i] = int8_t(next());
+  const buffer<at::Float8_e5m2> fp8(n * k);
+  for (int64_t i = 0; i < n * k; i++) fp8[i] = at::Float8_e5m2(number());
+  const auto row_of = [&](int m) { return x.get() + m * k; };
+  const auto by_group = [&](int64_t j, float* w) {  // [N, K]
+    const int64_t g = j * groups;
+    decode_integers<T>(weight.get() + j * k, 1, scale.get() + g, 1, zero_point.get() + g, 1, k, group, w);
+  };
+  const auto transposed = [&](int64_t j, float* w) {  // [K, N]
+    decode_integers<T>(weight.get() + j, n, scale.get() + j, n, zero_point.get() + j, n, k, group, w);
+  };
+  const auto per_channel = [&](int64_t j, float* w) {
+    decode_integers<T>(weight.get() + j * k, 1, scale.get() + j, 0, (const int8_t*)nullptr, 0, k, k, w);
+  };
+  const auto blocks = [&](int64_t j, float* w) {  // the last one cut off
+    decode_fp8<Fp8E5M2, T>(fp8.get() + j * k, scale.get(), k, k == 1 ? 1 : k - 1, w);
+  };
+  generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) { copy_row(row_of(m), k, row); }, by_group);
+  generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) {
+    quantize_fp8<Fp8E4M3>(row_of(m), k, fp8_scale<Fp8E4M3>(row_of(m), k), row);
+  }, transposed);
+  generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) {
+    quantize_fp8_groups<Fp8E5M2>(row_of(m), k, group, row);
+  }, per_channel);
+  generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) {
+    quantize_integer_groups<0, 255, false>(row_of(m), k, group, row);
+  }, per_channel);
+  if (n * groups > 1 || k == 1)
+    generic_gemm<T>(rows, n, k, [&](int m, uint8_t* row) {
+      quantize_integer_row<-128, 127>(row_of(m), k, integer_grid<-128, 127, true>(row_of(m), k), row);
+    }, blocks);
+}
+
+template <typename T>
+void generic_int4(int rows, int64_t n, int64_t k, int64_t group) {
+  using namespace quark::generic;
+  const int64_t groups = k / group;
+  const buffer<T> x(rows * k), scale(n * groups), channel(n);
+  for (int64_t i = 0; i < rows * k; i++) x[i] = T(number());
+  for (int64_t i = 0; i < n * groups; i++) scale[i] = T(0.25f + float(next() % 64) / 64.0f);
+  for (int64_t i = 0; i < n; i++) channel[i] = scale[i];
+  const buffer<float> scale_2(n);
+  for (int64_t i = 0; i < n; i++) scale_2[i] = 0.5f + float(next() % 64);
+  const buffer<int32_t> words(n * k / 8), zero_point(groups * n / 8), zero_points(n / 8);
+  for (int64_t i = 0; i < n * k / 8; i++) words[i] = int32_t(next() * 2654435761u);
+  for (int64_t i = 0; i < groups * n / 8; i++) zero_point[i] = int32_t(next() * 2654435761u);
+  for (int64_t i = 0; i < n / 8; i++) zero_points[i] = zero_point[i];
+  const auto copy = [&](int m, uint8_t* row) { copy_row(x.get() + m * k, k, row); };
+  generic_gemm<T>(rows, n, k, copy, [&](int64_t j, float* w) {
+    decode_int4_groups<false, true, T>(words.get(), scale.get(), zero_point.get(), j, n, k, group, w);
+  });
+  if (k % 8) return;
+  generic_gemm<T>(rows, n, k, copy, [&](int64_t j, float* w) {
+    decode_int4<true, false, T>(words.get() + j * k / 8, channel.get(), zero_points.get(), j, k, w);
+  });
+  generic_gemm<T>(rows, n, k, copy, [&](int64_t j, float* w) {
+    decode_int4_fp8<T>(words.get() + j * k / 8, 0.5f, scale_2.get(), zero_points.get(), j, k, w);
+  });
+}
+
+template <typename T>
+void generic_cases(int rows) {
+  using namespace quark::generic;
+  for (int64_t n : {1, 5})
+    for (int64_t k : {32, 96}) {
+      generic_blocks<Fp4, 16, E4M3, Sequential, T>(rows, n, k, 4, 0.37f);
+      generic_blocks<Fp4, 32, E5M3, Nearest, T>(rows, n, k, 4, 1.0f);
+      generic_blocks<Fp6E2M3, 32, E8M0, Even, T>(rows, n, k, 6, 1.0f);
+      generic_blocks<Fp6E3M2, 32, E8M0, Even, T>(rows, n, k, 6, 1.0f);
+      generic_blocks<Fp8E4M3, 32, E8M0, Rceil, T>(rows, n, k, 8, 1.0f);
+      generic_blocks<Fp8E5M2, 16, E4M3, Combined, T>(rows, n, k, 8, 0.37f);
+    }
+  for (int64_t n : {1, 5})
+    for (int64_t k : {1, 15, 33, 100}) generic_integers<T>(rows, n, k, k % 5 ? k : 5);
+  for (int64_t n : {8, 24})
+    for (int64_t k : {5, 8, 40}) generic_int4<T>(rows, n, k, k % 5 ? k : 5);
+}
+
 template <int MT>
 void all() {
   for (int64_t n : {1, 5, 32})
@@ -395,6 +621,10 @@ void all() {
 
 int main() {
   all<1>(), all<3>(), all<8>();
+  for (int rows : {1, 8, 11}) {
+    generic_cases<float>(rows);
+    generic_cases<at::BFloat16>(rows);
+  }
   std::printf("wrong: %ld\n", long(wrong));
   return wrong != 0;
 }

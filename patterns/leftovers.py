@@ -1,0 +1,159 @@
+"""What the rules left in a graph, and why: GEMMs of quantized weights, and quantizes, dequantizes and 8-bit casts."""
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from quark_inductor.lowering.base import EMULATION
+from quark_inductor.patterns.base import PRODUCTS, Refusal, arguments, layer_of
+from quark_inductor.patterns.nearest import nearest
+from quark_inductor.patterns.selection import LinearResult, is_fused
+from quark_inductor.schemes.ops import NAMESPACE
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_quantize = torch.ops.quark_inductor.block_quantize.default
+# What a dequantize is written with, from a cast of codes to a GEMM.
+_DEQUANTIZES = frozenset(
+    {
+        prims.convert_element_type.default,
+        aten.mul.Tensor,
+        aten.sub.Tensor,
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.clone.default,
+        aten.slice.Tensor,
+        aten.permute.default,
+        torch.ops.quark_inductor.block_dequantize.default,
+    }
+)
+# What begins to unpack codes held in int32; other int32 tensors are positions, indices, ...
+_UNPACKS = frozenset(
+    {
+        torch.ops.quark_inductor.int4_unpack.default,
+        aten.__rshift__.Scalar,
+        aten.bitwise_right_shift.Tensor,
+        aten.bitwise_right_shift.Tensor_Scalar,
+        aten.bitwise_and.Scalar,
+        aten.bitwise_and.Tensor,
+        aten.view.dtype,
+    }
+)
+# The places of GEMMs' operands: what is multiplied, and by what.
+_OPERANDS: Mapping[Any, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+}
+
+
+def _is_byte(node: Any) -> bool:
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(val, torch.Tensor) and val.dtype.itemsize == 1 and val.dtype != torch.bool
+
+
+def is_left(node: Node) -> bool:
+    """Whether a node quantizes or dequantizes: a block or unpack op of ours, or a cast from or to 8 bits."""
+    if node.target is prims.convert_element_type.default:
+        return _is_byte(node) or _is_byte(node.args[0])
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and not is_fused(node)
+
+
+def _comes_from_codes(operand: Any) -> bool:
+    """Whether a tensor is computed from stored integers or FP8, and from nothing that another GEMM computed."""
+    seen: set[Node] = set()
+    todo, codes = [operand], False
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in PRODUCTS or is_fused(node):
+            return False
+        if not node.all_input_nodes:
+            val = node.meta.get("val")
+            packed = isinstance(val, torch.Tensor) and val.dtype == torch.int32
+            codes |= _is_byte(node) or (packed and any(user.target in _UNPACKS for user in node.users))
+        todo += node.all_input_nodes
+    return codes
+
+
+def _dequantize_of(operand: Any) -> list[Node]:
+    """The quantizes and dequantizes an operand was computed with, back to the cast to its codes."""
+    seen: set[Node] = set()
+    todo = [operand]
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        if is_left(node) or node.target in _DEQUANTIZES or node.target is operator.getitem:
+            seen.add(node)
+            # What was quantized is not part of it.
+            if node.target is not _quantize and not (
+                node.target is prims.convert_element_type.default and _is_byte(node)
+            ):
+                todo += node.all_input_nodes
+    return [node for node in seen if is_left(node)]
+
+
+def leftovers(
+    graph: Graph, linears: Mapping[Node, LinearResult], refused: Mapping[Node, Refusal]
+) -> tuple[list[LinearResult], list[Refusal], list[Refusal]]:
+    """What became of every GEMM of a quantized weight, and what is left.
+
+    Args:
+        graph: after the rules, the providers and dead code elimination.
+        linears: what became of those that some rule knew, by node.
+        refused: the last refusal of a rule to replace a node.
+
+    Returns:
+        All results in the order of the graph; those left to the emulation, all or in part; the left nodes.
+    """
+    known: dict[Any, str] = {}
+    results, unfused = [], []
+    reasons: dict[Node, str] = {}
+
+    def why(gemm: Node) -> str:
+        if gemm in refused:
+            return refused[gemm].reason
+        if gemm in linears and linears[gemm].refusals:
+            return "; ".join(linears[gemm].refusals)
+        return nearest(gemm, known)
+
+    for node in graph.nodes:
+        result = linears.get(node)
+        if is_fused(node):
+            if result is None:
+                continue
+            x = arguments(node)["x"]
+            left = _dequantize_of(x)
+            partly = any(not _is_byte(n) for n in left) and arguments(node).get("x_format") is None
+        elif node.target in _OPERANDS and _comes_from_codes(node.args[_OPERANDS[node.target][1]]):
+            places = _OPERANDS[node.target]
+            left = [n for place in places for n in _dequantize_of(node.args[place])]
+            partly = True
+            if result is None:
+                shape = node.args[places[1]].meta["val"].shape
+                result = LinearResult(layer_of(node), EMULATION, (), (shape[-1], shape[-2]), None, ())
+        else:
+            continue
+        if left or partly:
+            reason = why(node)
+            reasons.update(dict.fromkeys(left, reason))
+            if partly:
+                rule = refused[node].rule if node in refused else ""
+                unfused.append(Refusal(reason, result.layer, rule))
+                result = dataclasses.replace(result, refusals=(reason,), partly=result.provider != EMULATION)
+        results.append(result)
+    everything = [
+        Refusal(reasons.get(n, "no GEMM reads it: it is of an output, a cache or an embedding"), layer_of(n))
+        for n in graph.nodes
+        if n.op == "call_function" and is_left(n)
+    ]
+    return results, unfused, everything

@@ -1,0 +1,183 @@
+"""What the rules of one stage have in common: a GEMM's weight, then its activation, then the activation's quantize.
+
+A quantized Linear is recognized in up to three steps, each by the rule of a family of formats, so that N kinds of
+weights and M kinds of activations need N + M rules and not N * M::
+
+    mm(x, dequantize(weight).T)                  ->  weight_only_gemm(x, weight)        stage "weight"
+    weight_only_gemm(dequantize(codes), weight)  ->  quantized_gemm(codes, weight)      stage "activation"
+    quantized_gemm(quantize(x), weight)          ->  prologue_gemm(x, weight)           stage "prologue"
+
+The leaves of the first two are the quantized tensors: the quantize stays outside and is shared by q, k and v.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quark_inductor.patterns.base import GEMMS, Found, Rule, Variant, arguments, call, same_shape, value
+from quark_inductor.schemes.numerics import fp8
+from quark_inductor.schemes.operands import features
+from quark_inductor.schemes.ops import dtype_name
+
+_ops = torch.ops.quark_inductor
+# What to trace with: sizes that no constant of a pattern equals.
+M, N, K = 3, 5, 64
+
+
+class OperandRule(Rule):
+    """A rule whose check makes the new op's arguments."""
+
+    @abstractmethod
+    def operands(self, found: Found) -> dict[str, Any] | str:
+        """The arguments of the new op that come from the match, or why it is none, as :meth:`check` says it."""
+
+    def check(self, found: Found) -> str | None:
+        """The match's dtypes and shapes are those of a format."""
+        operands = self.operands(found)
+        return operands if isinstance(operands, str) else self.refuse_shapes(found, operands)
+
+    def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
+        """What else must hold."""
+        return None
+
+    def made_of(self, found: Found) -> dict[str, Any]:
+        """:meth:`operands` of a match that passed the check."""
+        operands = self.operands(found)
+        assert not isinstance(operands, str)
+        return operands
+
+
+class WeightRule(OperandRule):
+    """``mm(x, w)``, ``addmm(bias, x, w)``, ``bmm(x, w)``: the pattern is that of ``w``, ``[K, N]`` or ``[E, K, N]``."""
+
+    stage = "weight"
+
+    def operand(self, node: Node) -> Node | None:
+        """What a GEMM multiplies by."""
+        if node.target not in GEMMS:
+            return None
+        weight = node.args[GEMMS[node.target][1]]
+        # A float parameter, as it is or transposed: nothing to look for.
+        return weight if isinstance(weight, Node) and any(n.all_input_nodes for n in weight.all_input_nodes) else None
+
+    def check(self, found: Found) -> str | None:
+        """A weight whose sizes are constants, too."""
+        shape = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
+        if not all(isinstance(size, int) for size in shape):
+            return f"the weight's shape {list(shape)} is not known when compiling"
+        return super().check(found)
+
+    def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
+        """N and K are those of the codes, and the bias is ``[N]``."""
+        *_, k, n = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
+        weight, scale = value(operands["weight"]), value(operands["weight_scale"])
+        if features(weight.shape, scale.ndim, operands["weight_format"]) != (n, k):
+            return f"the dequantized weight is [{n}, {k}], which is not the shape of its codes"
+        bias = _bias(found.node)
+        if bias is not None and not same_shape(value(bias).shape, (n,)):
+            return f"what is added has shape {tuple(value(bias).shape)}, expected a bias [{n}]"
+        return None
+
+    def rewrite(self, found: Found) -> Node:
+        """One ``weight_only_gemm``."""
+        x = found.node.args[GEMMS[found.node.target][0]]
+        named = {"x": x, "bias": _bias(found.node), **self.made_of(found)}
+        return call(found.node.graph, _ops.weight_only_gemm.default, named)
+
+
+def _bias(gemm: Node) -> Node | None:
+    index = GEMMS[gemm.target][2]
+    bias = None if index is None else gemm.args[index]
+    assert bias is None or isinstance(bias, Node)
+    return bias
+
+
+class ActivationRule(OperandRule):
+    """``weight_only_gemm(x, ...)``: the pattern is that of ``x``, ``[M, K]``."""
+
+    stage = "activation"
+
+    def operand(self, node: Node) -> Node | None:
+        """What a GEMM of a quantized weight multiplies."""
+        x = node.args[0] if node.target is _ops.weight_only_gemm.default else None
+        return x if isinstance(x, Node) else None
+
+    def rewrite(self, found: Found) -> Node:
+        """One ``quantized_gemm``."""
+        weight = arguments(found.node)
+        named = {**weight, **self.made_of(found), "out_dtype": dtype_name(value(found.node).dtype)}
+        return call(found.node.graph, _ops.quantized_gemm.default, named)
+
+
+class PrologueRule(OperandRule):
+    """``quantized_gemm(quantize(x), ...)``: the pattern is all of it, made by :func:`gemm_of`."""
+
+    stage = "prologue"
+
+    def operand(self, node: Node) -> Node | None:
+        """A GEMM on quantized operands itself."""
+        return node if node.target is _ops.quantized_gemm.default else None
+
+    def may_be(self, variant: Variant, end: Node) -> bool:
+        """Of the format in which the GEMM reads its activation, if the variant's facts name one as ``"read"``."""
+        read = variant.facts.get("read")
+        return super().may_be(variant, end) and read in (None, arguments(end)["x_format"])
+
+    def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
+        """One dtype throughout."""
+        x, y = found.value("x"), value(found.node)
+        if x.dtype != y.dtype:
+            return f"the activation is {x.dtype}, the result {y.dtype}: a GEMM with a prologue keeps one dtype"
+        return None
+
+    def rewrite(self, found: Found) -> Node:
+        """One ``prologue_gemm``."""
+        gemm = arguments(found.node)
+        named = {**gemm, "x_scale": None, "x_zero_point": None, "x": found["x"], "group_size": 0}
+        return call(found.node.graph, _ops.prologue_gemm.default, {**named, **self.made_of(found)})
+
+
+def some_weight() -> dict[str, Tensor]:
+    """What the example of a prologue's pattern must have besides: it takes any weight."""
+    return {"weight": torch.zeros(N, K, dtype=fp8.DTYPE), "weight_scale": torch.zeros(())}
+
+
+def gemm_of(
+    x: Tensor,
+    x_scale: Tensor,
+    x_scale_2: Tensor | None,
+    x_zero_point: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    weight: Tensor,
+    weight_scale: Tensor,
+) -> Tensor:
+    """A ``quantized_gemm`` by :func:`some_weight`, to trace the pattern of a prologue with."""
+    result: Tensor = _ops.quantized_gemm(
+        x,
+        x_scale,
+        x_scale_2,
+        x_zero_point,
+        weight,
+        weight_scale,
+        None,
+        None,
+        None,
+        format,
+        "fp8_e4m3",
+        dtype_name(dtype),
+    )
+    return result
+
+
+def refuse_scale(x: Tensor, scale: Tensor) -> str | None:
+    """``None`` if a scale (or zero point) has a shape that the ops know for an activation ``x [M, K]``."""
+    if scale.ndim == 0:
+        return None
+    (*rows, k), groups = x.shape, scale.shape[-1]
+    if same_shape(scale.shape[:-1], rows) and isinstance(groups, int) and isinstance(k, int) and k % groups == 0:
+        return None
+    return f"the activation's scale has shape {tuple(scale.shape)}, expected [], [M, 1] or [M, K / group]"

@@ -7,15 +7,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quark_inductor.backend import aoti_configs
     from quark_inductor.hf import register_hf
     from quark_inductor.loading import load
+    from quark_inductor.merging import merge_shared_input_
     from quark_inductor.quantize import quantize_
+    from quark_inductor.report import explain
     from quark_inductor.saving import save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "quantize_", "register_hf", "save"]
+__all__ = ["__version__", "aoti_configs", "explain", "load", "merge_shared_input_", "quantize_", "register_hf", "save"]
 
-_HOMES = {"load": "loading", "quantize_": "quantize", "register_hf": "hf", "save": "saving"}
+_HOMES = {
+    "aoti_configs": "backend",
+    "explain": "report",
+    "load": "loading",
+    "merge_shared_input_": "merging",
+    "quantize_": "quantize",
+    "register_hf": "hf",
+    "save": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:

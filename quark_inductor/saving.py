@@ -41,7 +41,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{directory} already holds {taken[0]}; choose another directory, or empty it")
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    # A copy of each, because what was merged shares memory, and would be written once.
+    merged = tuple(f"{n}." for n, m in linears.items() if m.merged is not None)
+    state = {n: t.clone() if n.startswith(merged) else t for n, t in model.state_dict().items() if n not in tied}
     scales, _ = scales_and_zero_points(model)
     floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:

@@ -1,0 +1,68 @@
+"""What merge_shared_input_ gains, on CPU.
+
+    python benchmarks/merge_shared_input.py [SCHEME ...]
+
+The Linears of a Llama's block (q, k, v, o, gate, up, down, with silu and a norm between) in bfloat16, compiled; one
+token and sixteen, apart and merged, interleaved in one run: median milliseconds and their ratio.
+"""
+
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from cpu_fused import interleaved
+from torch import Tensor, nn
+
+import quark_inductor as qi
+
+SCHEMES = ("mxfp4", "ptpc_fp8", "nvfp4")
+# Hidden size, key-value width, intermediate size.
+SIZES = {"SmolLM2-135M": (576, 192, 1536), "Llama-8B": (4096, 1024, 14336)}
+TOKENS = (1, 16)
+
+
+class Block(nn.Module):
+    """A block without its attention: what is between the Linears is cheap."""
+
+    def __init__(self, hidden: int, kv: int, intermediate: int) -> None:
+        super().__init__()
+        make = partial(nn.Linear, bias=False, dtype=torch.bfloat16)
+        self.q_proj, self.k_proj, self.v_proj = make(hidden, hidden), make(hidden, kv), make(hidden, kv)
+        self.o_proj, self.down_proj = make(hidden, hidden), make(intermediate, hidden)
+        self.gate_proj, self.up_proj = make(hidden, intermediate), make(hidden, intermediate)
+        self.norm = nn.RMSNorm(hidden, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every Linear once."""
+        kv = torch.tanh(self.k_proj(x)) * self.v_proj(x)
+        x = x + self.o_proj(self.q_proj(x) * kv.repeat_interleave(x.shape[-1] // kv.shape[-1], -1))
+        x = self.norm(x)
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print a table."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| block of | scheme | M | apart, ms | merged, ms | apart / merged |\n|---|---|---|---|---|---|")
+    for name, sizes in SIZES.items():
+        for scheme in sys.argv[1:] or SCHEMES:
+            torch._dynamo.reset()
+            calibration = [torch.randn(4, sizes[0], dtype=torch.bfloat16)]
+            forms = []
+            for merge in (False, True):
+                torch.manual_seed(0)
+                model = qi.quantize_(Block(*sizes), scheme, exclude=(), calibration=calibration)
+                if merge:
+                    assert set(qi.merge_shared_input_(model).values()) == {""}
+                forms.append(torch.compile(model, backend="quark", fullgraph=True, dynamic=False))
+            for m in TOKENS:
+                x = torch.randn(m, sizes[0], dtype=torch.bfloat16)
+                (apart, _), (merged, _) = interleaved([partial(form, x) for form in forms])
+                print(f"| {name} | {scheme} | {m} | {apart:.3f} | {merged:.3f} | {apart / merged:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

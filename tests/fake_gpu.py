@@ -1,0 +1,78 @@
+"""Inductor's code for a GPU that is not there: Triton kernels are generated, neither compiled nor run.
+
+Four names of torch's stand in for the driver. All of them are put back, and none of what Inductor remembers of the
+device outlives a call. Needs the ``triton`` package, and works with a torch that is built for CPU only.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._inductor import config, scheduler
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import map_aggregate
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _triton
+
+GPU = torch.device("cuda:0")
+# Those of an H100.
+PROPERTIES = DeviceProperties(
+    type="cuda",
+    index=0,
+    multi_processor_count=132,
+    cc=90,
+    major=9,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+)
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Inside, Inductor finds a GPU, as far as it asks to generate code."""
+    properties = SimpleNamespace(major=9, minor=0)
+    with (
+        patch.object(scheduler, "has_triton", lambda *args: True),
+        patch.object(_triton, "triton_hash_with_backend", lambda: ""),
+        patch.object(DeviceProperties, "create", lambda device: PROPERTIES),
+        patch.object(torch.cuda, "get_device_properties", lambda *args: properties),
+    ):
+        yield
+
+
+def gpu_code(graph: Graph, **options: Any) -> str:
+    """The Python module that Inductor would compile and call.
+
+    Args:
+        graph: what Inductor lowers: after all its passes. Traced on CPU (which decides nothing here: the graphs of
+            producers and quantizes are the same), with static shapes.
+        **options: of ``torch._inductor.config``.
+    """
+    on_gpu, inputs = Graph(), []
+    on_gpu.output(on_gpu.graph_copy(graph, {}))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with fake_gpu(), mode, V.set_fake_mode(mode), config.patch(options), DebugContext():
+        for node in on_gpu.nodes:
+            moved = map_aggregate((node.args, node.kwargs), lambda a: GPU if isinstance(a, torch.device) else a)
+            node.args, node.kwargs = moved  # type: ignore[misc, assignment]
+            if node.op == "placeholder":
+                val = node.meta["val"]
+                inputs.append(torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=GPU))
+        module = GraphModule({}, on_gpu)
+        FakeTensorProp(module, mode=mode).propagate(*inputs)
+        lowering = GraphLowering(module, inputs, shape_env=mode.shape_env, is_inference=True, graph_id=0)
+        with V.set_graph_handler(lowering):
+            lowering.run(*inputs)
+            code: str = lowering.codegen()[0].value
+    return code

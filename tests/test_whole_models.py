@@ -1,0 +1,143 @@
+"""Whole models of transformers: how often each rule matches, and that no activation is quantized twice.
+
+Mixtral's and GPT-OSS's experts are not Linears and stay as they are; their attention is quantized.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quark_inductor as qi
+from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.testing import Rewrite, rewrite
+
+LAYERS = 2
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Of each model what its configuration has besides, and per layer its quantized Linears and the activations they read.
+MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "Llama": ({}, 7, 4),
+    "Qwen3": ({"head_dim": 16}, 7, 4),
+    "Mixtral": (EXPERTS, 4, 2),
+    "GptOss": ({**EXPERTS, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}, 4, 2),
+}
+# Of each scheme the rules of its weight, its activation and its quantize.
+q, prims = torch.ops.quark_inductor, torch.ops.prims
+SCHEMES: dict[str, tuple[str, str, str]] = {
+    "mxfp4": ("block_weight", "block_activation", "block_prologue"),
+    "ptpc_fp8": ("fp8_weight", "fp8_activation", "fp8_prologue"),
+    "ptpc_int8": ("integer_weight", "integer_activation", "integer_prologue"),
+    "mxfp4_fp8_token": ("block_weight", "fp8_activation", "fp8_prologue"),
+}
+
+
+@pytest.fixture(autouse=True)
+def every_test_is_fresh(fresh: None) -> None:
+    """See the conftest above this one."""
+
+
+@pytest.fixture
+def materialized() -> Iterator[str]:
+    """A provider without prologues: the quantize stays in the graph, where it can be counted."""
+
+    @register_provider
+    class Materialized(Provider):
+        name = "materialized"
+
+        def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+            return No("has no prologue") if problem.op == "prologue_gemm" else None
+
+        def lower(self, target: Target, problem: GemmProblem, args: Any) -> Any:
+            raise AssertionError("nothing is lowered here")
+
+    yield Materialized.name
+    unregister_provider(Materialized.name)
+
+
+def quantized(name: str, scheme: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A random model, and its logits of token ids."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **MODELS[name][0])
+    model = qi.quantize_(getattr(transformers, f"{name}ForCausalLM")(config).eval(), scheme)
+
+    def logits(ids: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=ids, use_cache=False).logits
+        return result
+
+    return model, logits
+
+
+def quantizes(done: Rewrite) -> int:
+    """How often an activation is quantized in the graph."""
+
+    def to_byte(node: Any) -> bool:
+        val = node.meta.get("val")
+        cast = node.target is prims.convert_element_type.default and isinstance(val, Tensor)
+        return cast and val.dtype in (torch.int8, torch.float8_e4m3fn)
+
+    calls = [n for n in done.after.nodes if n.op == "call_function"]
+    return sum(n.target is q.block_quantize.default or to_byte(n) for n in calls)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_is_fused(name: str, scheme: str) -> None:
+    model, logits = quantized(name, scheme)
+    linears = MODELS[name][1] * LAYERS
+    assert sum(isinstance(m, QuarkLinear) for m in model.modules()) == linears
+    ids = torch.arange(10).view(2, 5)
+    done = rewrite(logits, ids)
+    assert {rule: done.matches.get(rule) for rule in SCHEMES[scheme]} == dict.fromkeys(SCHEMES[scheme], linears)
+    assert done.fused == {"prologue_gemm": linears}
+    assert (done.refusals, done.result.left) == ((), ())
+    named = {n for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
+    assert {linear.layer.removeprefix("model.") for linear in done.result.linears} == {
+        n.removeprefix("model.") for n in named
+    }
+    # The same float32 products; those of the experts are added up in another order.
+    torch.testing.assert_close(done.output, logits(ids), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_activation_is_quantized_twice(name: str, scheme: str, materialized: str) -> None:
+    """q, k and v read one activation, gate and up another."""
+    _, logits = quantized(name, scheme)
+    done = rewrite(logits, torch.arange(10).view(2, 5), options={"quark.provider": materialized})
+    _, linears, activations = MODELS[name]
+    assert done.fused["quantized_gemm"] == linears * LAYERS
+    assert quantizes(done) == activations * LAYERS
+    assert done.refusals == ()
+    assert {refusal.reason for refusal in done.result.left} == {
+        "prologue_gemm: cpp: option quark.provider is 'materialized'; prologue_gemm: materialized: has no prologue"
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_merged_linears_are_one_gemm(scheme: str) -> None:
+    model, logits = quantized("Llama", scheme)
+    ids = torch.arange(10).view(2, 5)
+    before = logits(ids)
+    found = qi.merge_shared_input_(model)
+    assert set(found.values()) == {""}
+    assert len(found) == 2 * LAYERS
+    assert torch.equal(logits(ids), before)
+    done = rewrite(logits, ids)
+    # qkv, o, gate and up, down.
+    assert done.fused == {"prologue_gemm": 4 * LAYERS}
+    torch.testing.assert_close(done.output, before, rtol=0, atol=1e-6)

@@ -119,8 +119,11 @@ def _relaxed(pattern: Any, known: dict[int, Any]) -> Any:
     return known[id(pattern)]
 
 
-def attempt(pattern: PatternExpr, node: torch.fx.Node) -> Match | tuple[int, FailedMatch]:
-    """A match, or how many calls of the pattern are there and where it fails."""
+def attempt(pattern: PatternExpr, node: torch.fx.Node) -> Match | tuple[tuple[int, int], FailedMatch]:
+    """A match, or how near it is and where it fails.
+
+    Near is how many calls of the pattern were found where they should be, then how many with all their arguments.
+    """
     context = MatchContext([pattern], graph=node.graph)
     try:
         result = context.match(pattern, node)
@@ -128,8 +131,9 @@ def attempt(pattern: PatternExpr, node: torch.fx.Node) -> Match | tuple[int, Fai
         result = e
     if isinstance(result, Match):
         return result
-    found = [p for p, n in context.pattern_to_node.items() if n is not None and isinstance(p, _TargetExpr)]
-    return len(found), result
+    begun = [n for p, n in context.pattern_to_node.items() if isinstance(p, _TargetExpr)]
+    missed = result.format_string.startswith("function_mismatch")
+    return (len(begun) - missed, sum(n is not None for n in begun)), result
 
 
 @contextlib.contextmanager

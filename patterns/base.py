@@ -131,16 +131,27 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A variant's pattern, the dtype of what it computes, and its facts."""
+    """A variant's pattern, the dtypes of what it computes and of its floating-point examples, and its facts.
+
+    Codes may be of any dtype: which, is for the rule's check.
+    """
 
     pattern: PatternExpr
     dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     facts: Mapping[str, Any]
 
     @property
     def targets(self) -> Sequence[Any]:
         """What its last node calls."""
         return getattr(self.pattern, "fns", ())
+
+    def refuse_dtypes(self, named: Mapping[str, Any]) -> str | None:
+        """``None`` if the nodes matched by the examples' names have their dtypes."""
+        for name, dtype in self.dtypes.items():
+            if name in named and value(named[name]).dtype != dtype:
+                return f"{name} is {value(named[name]).dtype}, expected {dtype}"
+        return None
 
 
 class Rule(ABC):
@@ -190,7 +201,8 @@ class Rule(ABC):
         variant = self._variants[index]
         with unset_fake_temporarily():
             pattern, dtype = traced_pattern(variant.search, variant.example)
-        return Traced(pattern, dtype, variant.facts)
+        floats = {name: t.dtype for name, t in variant.example.items() if t.dtype in FLOAT_DTYPES}
+        return Traced(pattern, dtype, floats, variant.facts)
 
     def apply(self, graph: Graph, history: History) -> PassResult:
         """Rewrite every match in a graph, in place. What is replaced stays in it, without users."""
@@ -204,7 +216,7 @@ class Rule(ABC):
                 if end.target not in traced.targets or not isinstance(match := traced.pattern.match(end), Match):
                     continue
                 found = Found(node, {**match.kwargs, **traced.facts}, tuple(match.nodes))
-                refusal = _unnamed_kwargs(node) or self.check(found)
+                refusal = _unnamed_kwargs(node) or traced.refuse_dtypes(match.kwargs) or self.check(found)
                 if refusal is not None:
                     reason = reason or refusal
                     continue

@@ -72,7 +72,7 @@ def _is_dequantized(node: Any) -> bool:
 
 
 def _hoist(graph: Graph, view: Node) -> Node | None:
-    if view._erased or view.target not in _VIEWS:
+    if view._erased or view.target not in _VIEWS or not value(view).ndim:
         return None
     source = view.args[0]
     assert isinstance(source, Node)

@@ -110,6 +110,11 @@ class Fp8Weight(WeightRule):
             expected = tuple(-(-size // block) for size, block in zip(weight.shape, (rows, columns), strict=True))
             if not same_shape(scale.shape, expected):
                 return f"the weight's scale is {tuple(scale.shape)}, of blocks of {rows} x {columns} it is {expected}"
+            for node in found.nodes:
+                if node.target is torch.ops.aten.mul.Tensor and not all(
+                    same_shape(value(factor).shape, weight.shape) for factor in node.all_input_nodes
+                ):
+                    return "the spread scale has not the shape of the weight, but is spread further by the product"
             format += f"_{rows}x{columns}"
         elif (reason := refuse_weight_scale(weight, scale, found["form"])) is not None:
             return reason

@@ -44,7 +44,7 @@ class IntegerActivation(ActivationRule):
         """Codes of 8 bits, and a scale and zero point whose shape is one the op knows."""
         x, scale, zero_point = (found.value(name) for name in ("x", "x_scale", "x_zero_point"))
         if (format := FORMATS.get(x.dtype)) is None:
-            return ""
+            return "" if x.is_floating_point() else f"the activation's codes are {x.dtype}, expected 8 bits"
         for tensor in (scale, zero_point):
             if (reason := refuse_scale(x, tensor)) is not None:
                 return reason

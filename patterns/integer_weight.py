@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quark_inductor.patterns.base import Found, Variant, register_rule, same_shape
 from quark_inductor.patterns.fp8_weight import dtypes_and_scales, refuse_weight_scale, scaled_weights
-from quark_inductor.patterns.operands import K, N, WeightRule
+from quark_inductor.patterns.operands import K, N, WeightRule, source_of
 from quark_inductor.schemes.numerics import integer
 
 FORMATS = {torch.int8: "int8", torch.uint8: "uint8"}
@@ -43,7 +43,10 @@ class IntegerWeight(WeightRule):
         """Codes of 8 bits, and a scale and zero point whose shape is one the op knows."""
         weight, scale = found.value("weight"), found.value("weight_scale")
         if (format := FORMATS.get(weight.dtype)) is None:
-            return ""
+            # int4_weight's, if they are unpacked.
+            unpacked = source_of(found["weight"]).target is torch.ops.quark_inductor.int4_unpack.default
+            others = unpacked or weight.is_floating_point()
+            return "" if others else f"the weight's codes are {weight.dtype}, expected 8 bits"
         if weight.ndim != 2:
             return f"the weight is {format} and has {weight.ndim} dimensions, expected 2"
         if found["form"] == "groups":

@@ -20,7 +20,10 @@ _quantize = torch.ops.quark_inductor.block_quantize.default
 _DEQUANTIZES = frozenset(
     {
         prims.convert_element_type.default,
+        aten.add.Tensor,
+        aten.div.Tensor,
         aten.mul.Tensor,
+        aten.relu.default,
         aten.sub.Tensor,
         aten.view.default,
         aten.reshape.default,
@@ -30,18 +33,6 @@ _DEQUANTIZES = frozenset(
         aten.slice.Tensor,
         aten.permute.default,
         torch.ops.quark_inductor.block_dequantize.default,
-    }
-)
-# What begins to unpack codes held in int32; other int32 tensors are positions, indices, ...
-_UNPACKS = frozenset(
-    {
-        torch.ops.quark_inductor.int4_unpack.default,
-        aten.__rshift__.Scalar,
-        aten.bitwise_right_shift.Tensor,
-        aten.bitwise_right_shift.Tensor_Scalar,
-        aten.bitwise_and.Scalar,
-        aten.bitwise_and.Tensor,
-        aten.view.dtype,
     }
 )
 # The places of GEMMs' operands: what is multiplied, and by what.
@@ -66,9 +57,10 @@ def is_left(node: Node) -> bool:
 
 
 def _comes_from_codes(operand: Any) -> bool:
-    """Whether a tensor is computed from stored integers or FP8, and from nothing that another GEMM computed."""
+    """Whether a matrix is computed from stored integers or FP8, and from nothing that another GEMM computed."""
     seen: set[Node] = set()
     todo, codes = [operand], False
+    two_dimensional = isinstance(operand, Node) and operand.meta["val"].ndim == 2
     while todo:
         node = todo.pop()
         if not isinstance(node, Node) or node in seen:
@@ -78,8 +70,8 @@ def _comes_from_codes(operand: Any) -> bool:
             return False
         if not node.all_input_nodes:
             val = node.meta.get("val")
-            packed = isinstance(val, torch.Tensor) and val.dtype == torch.int32
-            codes |= _is_byte(node) or (packed and any(user.target in _UNPACKS for user in node.users))
+            # 4-bit integers are stored in matrices of int32; so are positions and masks, but not as matrices.
+            codes |= _is_byte(node) or (isinstance(val, torch.Tensor) and val.dtype == torch.int32 and two_dimensional)
         todo += node.all_input_nodes
     return codes
 
@@ -92,7 +84,7 @@ def _dequantize_of(operand: Any) -> list[Node]:
         node = todo.pop()
         if not isinstance(node, Node) or node in seen:
             continue
-        if is_left(node) or node.target in _DEQUANTIZES or node.target is operator.getitem:
+        if is_left(node) or node.target in _DEQUANTIZES or node.target is operator.getitem or _is_byte(node):
             seen.add(node)
             # What was quantized is not part of it.
             if node.target is not _quantize and not (
@@ -131,16 +123,16 @@ def leftovers(
         if is_fused(node):
             if result is None:
                 continue
-            x = arguments(node)["x"]
-            left = _dequantize_of(x)
-            partly = any(not _is_byte(n) for n in left) and arguments(node).get("x_format") is None
+            named = arguments(node)
+            left = [n for name in ("x", "x_scale", "x_zero_point") for n in _dequantize_of(named.get(name))]
+            partly = any(not _is_byte(n) for n in left) and named.get("x_format") is None
         elif node.target in _OPERANDS and _comes_from_codes(node.args[_OPERANDS[node.target][1]]):
             places = _OPERANDS[node.target]
             left = [n for place in places for n in _dequantize_of(node.args[place])]
             partly = True
             if result is None:
-                shape = node.args[places[1]].meta["val"].shape
-                result = LinearResult(layer_of(node), EMULATION, (), (shape[-1], shape[-2]), None, ())
+                k, n = (s if isinstance(s, int) else -1 for s in node.args[places[1]].meta["val"].shape[-2:])
+                result = LinearResult(layer_of(node), EMULATION, (), (n, k), None, ())
         else:
             continue
         if left or partly:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from quark_inductor.patterns._inductor import Match, attempt
-from quark_inductor.patterns.base import PRODUCTS, registered_rules
+from quark_inductor.patterns.base import FLOAT_DTYPES, PRODUCTS, registered_rules
 
 
 def nearest(node: Node, known: dict[Any, str]) -> str:
@@ -23,7 +23,10 @@ def nearest(node: Node, known: dict[Any, str]) -> str:
 
 
 def _nearest(node: Node) -> str:
-    most, reason = -1, ""
+    dtype = node.meta["val"].dtype
+    if dtype not in FLOAT_DTYPES:
+        return f"the GEMM is in {dtype}, the rules know {', '.join(map(str, FLOAT_DTYPES))}"
+    most, reason = (-1, -1), ""
     for rule in registered_rules():
         end = rule.operand(node)
         if end is None:
@@ -56,6 +59,8 @@ def _told(where: Any) -> str:
     if form.startswith("constant_args"):
         node, found = arguments
         return f"whose {_name(node)} has {where.kwargs['pattern']!r} where this graph has {_name(found)}"
+    if form.startswith("kwarg"):
+        return f"which has one {arguments[0]} where this graph has two" if arguments else "of which two parts differ"
     if form.startswith("repeated pattern"):
         return "which reads one value twice where this graph reads two"
     return f"which it is not by form ({form.partition(':')[0].partition(' ')[0]})"

@@ -19,12 +19,21 @@ from torch.fx import Node
 
 from quark_inductor.patterns.base import GEMMS, Found, Rule, Variant, arguments, call, same_shape, value
 from quark_inductor.schemes.numerics import fp8
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 from quark_inductor.schemes.operands import features
 from quark_inductor.schemes.ops import dtype_name
 
 _ops = torch.ops.quark_inductor
 # What to trace with: sizes that no constant of a pattern equals.
 M, N, K = 3, 5, 64
+_VIEWS = frozenset({torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default})
+
+
+def source_of(node: Node) -> Node:
+    """What a node is a view of."""
+    while node.target in _VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 class OperandRule(Rule):
@@ -61,7 +70,7 @@ class WeightRule(OperandRule):
             return None
         weight = node.args[GEMMS[node.target][1]]
         # A float parameter, as it is or transposed: nothing to look for.
-        return weight if isinstance(weight, Node) and any(n.all_input_nodes for n in weight.all_input_nodes) else None
+        return weight if isinstance(weight, Node) and source_of(weight).all_input_nodes else None
 
     def check(self, found: Found) -> str | None:
         """A weight whose sizes are constants, too."""
@@ -74,8 +83,10 @@ class WeightRule(OperandRule):
         """N and K are those of the codes, and the bias is ``[N]``."""
         *_, k, n = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
         weight, scale = value(operands["weight"]), value(operands["weight_scale"])
-        if features(weight.shape, scale.ndim, operands["weight_format"]) != (n, k):
-            return f"the dequantized weight is [{n}, {k}], which is not the shape of its codes"
+        *experts, _, _ = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
+        known = features(weight.shape, scale.ndim, operands["weight_format"]) == (n, k)
+        if not known or not same_shape(weight.shape[:-2], experts):
+            return f"the dequantized weight is {[*experts, n, k]}, which is not the shape of its codes"
         bias = _bias(found.node)
         if bias is not None and not same_shape(value(bias).shape, (n,)):
             return f"what is added has shape {tuple(value(bias).shape)}, expected a bias [{n}]"
@@ -105,6 +116,10 @@ class ActivationRule(OperandRule):
         x = node.args[0] if node.target is _ops.weight_only_gemm.default else None
         return x if isinstance(x, Node) else None
 
+    def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
+        """As many values as codes."""
+        return _refuse_values(value(arguments(found.node)["x"]), value(operands["x"]), operands["x_format"])
+
     def rewrite(self, found: Found) -> Node:
         """One ``quantized_gemm``."""
         weight = arguments(found.node)
@@ -127,8 +142,10 @@ class PrologueRule(OperandRule):
         return super().may_be(variant, end) and read in (None, arguments(end)["x_format"])
 
     def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
-        """One dtype throughout."""
-        x, y = found.value("x"), value(found.node)
+        """One dtype throughout, and as many codes as values."""
+        x, y, gemm = found.value("x"), value(found.node), arguments(found.node)
+        if (reason := _refuse_values(x, value(gemm["x"]), gemm["x_format"])) is not None:
+            return reason
         if x.dtype != y.dtype:
             return f"the activation is {x.dtype}, the result {y.dtype}: a GEMM with a prologue keeps one dtype"
         return None
@@ -141,8 +158,8 @@ class PrologueRule(OperandRule):
 
 
 def some_weight() -> dict[str, Tensor]:
-    """What the example of a prologue's pattern must have besides: it takes any weight."""
-    return {"weight": torch.zeros(N, K, dtype=fp8.DTYPE), "weight_scale": torch.zeros(())}
+    """What the example of a prologue's pattern must have besides: it takes any weight, and bytes match any dtype."""
+    return {"weight": torch.zeros(N, K, dtype=fp8.DTYPE), "weight_scale": torch.zeros((), dtype=torch.uint8)}
 
 
 def gemm_of(
@@ -171,6 +188,14 @@ def gemm_of(
         dtype_name(dtype),
     )
     return result
+
+
+def _refuse_values(values: Tensor, codes: Tensor, format: str) -> str | None:
+    entries = codes.shape[-1]
+    k = BLOCK_FORMATS[format].unpacked(int(entries)) if format in BLOCK_FORMATS else entries
+    if same_shape(values.shape, (*codes.shape[:-1], k)):
+        return None
+    return f"the activation is {list(values.shape)}, its codes are {list(codes.shape)}"
 
 
 def refuse_scale(x: Tensor, scale: Tensor) -> str | None:

@@ -21,7 +21,7 @@ class LinearResult:
         layer: the module it comes from, as the model names it; ``""`` if unknown.
         provider: who runs it; ``"emulation"``: nobody but Inductor, which compiles the graph as it was.
         rules: names of the rules that made what runs, in the order they ran.
-        shape: ``(N, K)``.
+        shape: ``(N, K)``; -1: not known when compiling.
         problem: the GEMM that runs, or that nobody could run; ``None`` if no rule knows the weight.
         refusals: why it is no more than that: who refused a better form, and why.
         partly: the provider runs the GEMM, but the activation is quantized and dequantized by the emulation before.

@@ -1,7 +1,7 @@
 """Inductor's code for a GPU that is not there: Triton kernels are generated, neither compiled nor run.
 
-Four names of torch's stand in for the driver. All of them are put back, and none of what Inductor remembers of the
-device outlives a call. Needs the ``triton`` package, and works with a torch that is built for CPU only.
+Four names of torch's stand in for the driver, and are put back. Needs the ``triton`` package; a torch that is built for
+CPU only will do.
 """
 
 import contextlib
@@ -62,7 +62,8 @@ def gpu_code(graph: Graph, **options: Any) -> str:
     on_gpu, inputs = Graph(), []
     on_gpu.output(on_gpu.graph_copy(graph, {}))
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with fake_gpu(), mode, V.set_fake_mode(mode), config.patch(options), DebugContext():
+    no_workers = {"compile_threads": 1}  # nothing is compiled
+    with fake_gpu(), mode, V.set_fake_mode(mode), config.patch({**no_workers, **options}), DebugContext():
         for node in on_gpu.nodes:
             moved = map_aggregate((node.args, node.kwargs), lambda a: GPU if isinstance(a, torch.device) else a)
             node.args, node.kwargs = moved  # type: ignore[misc, assignment]

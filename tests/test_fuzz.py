@@ -566,13 +566,14 @@ def assert_compiled(seed: int, count: int, *, dynamic: bool, epilogue_fusion: bo
         check(program, x, got)
 
 
-# Half of the functions are for any number of tokens, half may fuse into the kernel of a GEMM what follows it.
+# A quarter of the functions are for any number of tokens (which takes four times as long to trace), half may fuse what
+# follows a GEMM into its kernel.
 @FUZZ
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.usefixtures("one_loop_a_kernel")
 def test_compiled(seed: int) -> None:
-    assert_compiled(seed, 50, dynamic=seed % 2 == 0, epilogue_fusion=seed % 4 > 1)
+    assert_compiled(seed, 50, dynamic=seed % 4 == 0, epilogue_fusion=seed % 8 > 3)
 
 
 @pytest.mark.usefixtures("one_loop_a_kernel")
@@ -580,12 +581,12 @@ def test_some_compiled() -> None:
     assert_compiled(1005, 5, dynamic=True, epilogue_fusion=True)
 
 
-@pytest.mark.parametrize("seed", [2000, *(pytest.param(seed, marks=FUZZ) for seed in range(2001, 2040))])
+@pytest.mark.parametrize("seed", [2001, *(pytest.param(seed, marks=FUZZ) for seed in range(2002, 2041))])
 def test_rewritten(seed: int) -> None:
     """The graph that the rules leave, interpreted: their ops are the emulation."""
-    these = programs(seed, 10)
+    these = programs(seed, 20)
     inputs = inputs_of(these, seed)
-    done = rewrite(Module(these), *inputs, dynamic=seed % 2 == 0)
+    done = rewrite(Module(these), *inputs, dynamic=seed % 4 == 0)
     assert_all_fused(done.result, these)
     for program, x, got in zip(these, inputs, done.output, strict=True):
         check(program, x, got)
@@ -602,15 +603,15 @@ def test_eager_code_is_within_the_bounds(seed: int) -> None:
 
 
 def test_every_kind_is_written() -> None:
-    """Of a few hundred programs, so that none is forgotten by chance."""
-    text = "\n".join(map(str, (these := programs(4000, 200))))
+    """None is forgotten."""
+    text = "\n".join(map(str, (these := programs(4000, 120))))
     names = [name for name in vars(Part) if not name.startswith("_") and name != "forward"]
     assert [name for name in names if f"o.{name}(" not in text] == []
     assert {p.special for p in these} == set(SPECIAL)
     assert {p.dtype for p in these} == set(DTYPES)
     assert {n for p in these for n in p.shape[:-1]} == set(TOKENS)
     assert {len(p.shape) for p in these} == {2, 3, 4}
-    assert len({str(p) for p in these}) == 200
+    assert len({str(p) for p in these}) == 120
     used = {spec for p in these for layer in p.layers for spec in [layer.scheme.spec]}
     assert [name for name, spec in PRESETS.items() if spec not in used] == []
 

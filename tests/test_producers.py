@@ -98,16 +98,14 @@ class Generated:
     @property
     def kernels(self) -> list[str]:
         """The C++ sources, in the order in which they run."""
-        sources = re.findall(
-            r"async_compile\.cpp_pybinding\([^']*(?:'[^']+'[^']*)*?r?'''(.*?)'''", self.code, re.DOTALL
-        )
+        sources = re.findall(r"async_compile\.cpp_pybinding\(\[.*?\], r?'''(.*?)'''", self.code, re.DOTALL)
         assert len(sources) == self.code.count("async_compile.cpp_pybinding(")
         return sources
 
     @property
     def calls(self) -> list[str]:
         """What the module runs besides: ops that are calls of a library."""
-        return re.findall(r"^ +.*\b(extern_kernels\.\w+|torch\.ops\.\S+)\(", self.code, re.MULTILINE)
+        return re.findall(r"^ +.*\b(extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", self.code, re.MULTILINE)
 
 
 def is_gemm(kernel: str) -> bool:
@@ -179,6 +177,7 @@ def test_the_gemm_quantizes(generate: Callable[..., Generated], scheme: str, pro
 def test_the_producer_quantizes(
     generate: Callable[..., Generated], materialized: str, scheme: str, producer: str
 ) -> None:
+    """One function; inside it Inductor's loops are several, and block formats store elements before they pack them."""
     options = {"quark.provider": materialized}
     done = generate(Layer(producer, scheme, 64), *activations(2, 5, 64), dynamic=True, **options)
     assert done.ours == ["quantized_gemm"]
@@ -189,8 +188,8 @@ def test_the_producer_quantizes(
 
 # --- GPU
 
-# Triton kernels of a norm and a quantize, and of a producer without a reduction. A kernel reduces along one thing: a norm
-# along rows, a block format along blocks. And what computes an element stores it: packing two into a byte comes after.
+# Triton kernels of a norm and a quantize, and of a producer without a reduction. One kernel reduces along one thing: a
+# norm along rows, a block format along blocks. And it stores each element: the next one packs two into a byte.
 # torch 2.11 and 2.13 agree.
 TRITON: dict[str, tuple[int, int]] = {
     "fp8": (1, 1),
@@ -200,9 +199,11 @@ TRITON: dict[str, tuple[int, int]] = {
     "mxfp8": (2, 1),
     "mxfp4": (3, 2),
 }
-# With torch._inductor.config.triton.nested_reduction (not before torch 2.12) a row may be reduced by blocks.
+# With torch._inductor.config.triton.nested_reduction, which torch 2.11 does not have, rows are reduced by blocks too.
 NESTED = {**TRITON, "fp8_block128": (1, 1), "mxfp8": (1, 1), "mxfp4": (2, 2)}
-FLAWED = pytest.mark.xfail(reason="one more kernel fills a tensor with the zero points of symmetric codes, all 0")
+FLAWED = pytest.mark.xfail(
+    raises=AssertionError, reason="one more kernel fills a tensor with the zero points of symmetric codes, all 0"
+)
 
 
 @pytest.fixture(scope="module")

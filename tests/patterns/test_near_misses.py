@@ -299,7 +299,7 @@ def int4_nibbles_without_the_op(x: Tensor, w_int4: Tensor, channel: Tensor) -> T
     return x @ (nibbles.float() * channel.unsqueeze(-1)).t()
 
 
-@near_miss("int32")
+@near_miss("where this graph has aten.unsqueeze")
 def int4_without_a_zero_point(x: Tensor, w_int4: Tensor, channel: Tensor) -> Tensor:
     return x @ (q.int4_unpack(w_int4, "int4").float() * channel.unsqueeze(-1)).t()
 
@@ -468,7 +468,7 @@ def fp8_activation_scales_interleaved(codes: Tensor, of_groups: Tensor, w_fp8: T
     return x @ fp8_values(w_fp8, channel).t()
 
 
-@near_miss("rows", weight_only_gemm=1)
+@near_miss("the activation is [20, 64], its codes are [5, 64]", weight_only_gemm=1)
 def fp8_activation_with_more_rows_than_codes(
     codes: Tensor, of_groups: Tensor, w_fp8: Tensor, channel: Tensor
 ) -> Tensor:
@@ -477,13 +477,13 @@ def fp8_activation_with_more_rows_than_codes(
     return x @ fp8_values(w_fp8, channel).t()
 
 
-@near_miss("bfloat16", weight_only_gemm=1)
+@near_miss("x_scale is torch.bfloat16, expected torch.float32", weight_only_gemm=1)
 def fp8_activation_scale_of_lower_precision(codes: Tensor, one: Tensor, w_fp8: Tensor, channel: Tensor) -> Tensor:
     """A scale of no dimension does not make the product bfloat16; that of a fused GEMM's operand is rounded to it."""
     return (codes.float() * one.bfloat16()) @ fp8_values(w_fp8, channel).t()
 
 
-@near_miss("float64", weight_only_gemm=1)
+@near_miss("x_scale is torch.float64, expected torch.float32", weight_only_gemm=1)
 def fp8_activation_scale_of_float64(codes: Tensor, one: Tensor, w_fp8: Tensor, channel: Tensor) -> Tensor:
     return (codes.float() * (one.double() / 3)) @ fp8_values(w_fp8, channel).t()
 
@@ -615,7 +615,7 @@ def fp8_quantized_from_bfloat16(x: Tensor, one: Tensor, w_fp8: Tensor, channel: 
     return (codes.float() * one) @ fp8_values(w_fp8, channel).t()
 
 
-@near_miss("the activation is torch.float64, the result torch.float32", quantized_gemm=1)
+@near_miss("x is torch.float64, expected torch.float32", quantized_gemm=1)
 def fp8_quantized_from_float64(x: Tensor, one: Tensor, w_fp8: Tensor, channel: Tensor) -> Tensor:
     codes = fp8_quantized(x.double(), one)
     return (codes.float() * one) @ fp8_values(w_fp8, channel).t()
@@ -698,7 +698,7 @@ def int8_dequantized_by_another_zero_point(
     return int8_case(codes, one, zero + 1, w_fp8, channel)
 
 
-@near_miss("bfloat16", quantized_gemm=1)
+@near_miss("x_scale is torch.bfloat16, expected torch.float32", weight_only_gemm=1)
 def int8_reciprocal_of_lower_precision(x: Tensor, one: Tensor, zero: Tensor, w_fp8: Tensor, channel: Tensor) -> Tensor:
     """Of a scale of no dimension, which does not make the product bfloat16."""
     scale = one.bfloat16()
@@ -706,7 +706,7 @@ def int8_reciprocal_of_lower_precision(x: Tensor, one: Tensor, zero: Tensor, w_f
     return ((codes.float() - zero.float()) * scale) @ fp8_values(w_fp8, channel).t()
 
 
-@near_miss("the activation", quantized_gemm=1)
+@near_miss("the activation's scale has shape (), its zero point (5, 1)", weight_only_gemm=1)
 def int8_one_row_by_many_zero_points(
     row: Tensor, one: Tensor, zero_token: Tensor, w_fp8: Tensor, channel: Tensor
 ) -> Tensor:
@@ -745,10 +745,7 @@ def block_quantized_in_three_dimensions(x: Tensor, w_mx: Tensor, w_mx_scale: Ten
     return mx(codes.flatten(0, 1), scales.flatten(0, 1)) @ mx(w_mx, w_mx_scale).t()
 
 
-@near_miss(
-    "the activation is torch.bfloat16, the result torch.float32: a GEMM with a prologue keeps one dtype",
-    quantized_gemm=1,
-)
+@near_miss("x is torch.bfloat16, expected torch.float32", quantized_gemm=1)
 def block_quantized_from_bfloat16(x: Tensor, w_mx: Tensor, w_mx_scale: Tensor) -> Tensor:
     codes, scales = q.block_quantize(x.bfloat16(), "mxfp4", "even")
     return mx(codes, scales) @ mx(w_mx, w_mx_scale).t()
@@ -766,68 +763,7 @@ def block_global_scales_differ(x: Tensor, one: Tensor, w_mx: Tensor, w_nv_scale:
     return values @ q.block_dequantize(w_mx, w_nv_scale, "nvfp4", "float32", one).t()
 
 
-# Known bugs by cause: what each case must do is written above, and does not hold yet.
-BUGS = {
-    "no variant is of this dtype, and the reason does not say so": (
-        "fp8_weight_in_float64",
-        "fp8_weight_of_complex_numbers",
-        "block_weight_in_float64",
-    ),
-    "a symbolic N or K in LinearResult.shape cannot be copied or written by _report()": (
-        "fp8_weight_of_any_size",
-        "block_weight_of_any_size",
-    ),
-    "the scale is spread over more rows or columns than the check sees": (
-        "fp8_block_scales_of_the_first_row",
-        "fp8_activation_with_more_rows_than_codes",
-        "fp8_one_row_by_many_scales",
-        "fp8_vector_by_many_scales",
-        "int8_one_row_by_many_zero_points",
-    ),
-    "nearest() counts whole branches only, so the deepest difference loses to the first rule": (
-        "int8_zero_point_added",
-        "int4_groups_not_transposed",
-        "fp8_one_limit",
-        "fp8_no_limits",
-        "fp8_limits_before_the_scale",
-        "fp8_times_the_reciprocal",
-        "fp8_rounded_before_the_cast",
-        "int8_floor",
-        "int8_no_limits",
-        "int8_limits_after_the_cast",
-        "int8_zero_point_before_rounding",
-        "int8_divided_by_the_scale",
-        "int8_without_adding_the_zero_point",
-    ),
-    "codes of no known dtype: each rule says not mine, and the nearest is another variant": (
-        "uint8_codes_read_as_signed",
-        "int4_nibbles_without_the_op",
-        "int4_without_a_zero_point",
-    ),
-    "a format that differs between codes and zero points is told as '(kwarg)'": ("int4_zero_point_of_another_format",),
-    "a weight that is one dequantize of inputs is not looked at": ("block_weight_not_transposed",),
-    "leftovers() does not look through this op, or not at x_scale": (
-        "fp8_activation_scale_divides",
-        "fp8_activation_relu",
-        "fp8_activation_plus_another",
-        "int8_activation_zero_point_added",
-        "block_scales_of_another",
-        "block_codes_changed",
-    ),
-    "a scale of no dimension may have any dtype; the fused op computes in it": (
-        "fp8_activation_scale_of_lower_precision",
-        "fp8_activation_scale_of_float64",
-        "int8_reciprocal_of_lower_precision",
-    ),
-}
-
-
-def marked(name: str) -> Any:
-    causes = [pytest.mark.xfail(reason=cause) for cause, names in BUGS.items() if name in names]
-    return pytest.param(name, marks=causes)
-
-
-@pytest.mark.parametrize("name", map(marked, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_near_miss(rewrite: Callable[..., Any], name: str) -> None:
     case = CASES[name]
     known = tensors()
@@ -902,10 +838,6 @@ def test_what_is_no_miss(rewrite: Callable[..., Any], fn: Callable[..., Tensor],
     assert {name: count for name, count in done.fused().items() if name.endswith("gemm")} == {op: 1}
     assert done.result.unfused == ()
     assert torch.equal(done.output, fn(*args))
-
-
-def test_bugs_are_of_cases() -> None:
-    assert {name for names in BUGS.values() for name in names} <= set(CASES)
 
 
 def test_there_are_many() -> None:

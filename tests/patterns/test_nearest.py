@@ -31,8 +31,8 @@ def from_another_dtype(layer: QuarkLinear) -> Tensor:
 @pytest.mark.parametrize(
     ("preset", "operand", "told"),
     [
-        ("mxfp6_e2m3", scaled_twice, "where this graph has aten.mul.Tensor"),
-        ("nvfp4", scaled_twice, "where this graph has aten.mul.Tensor"),
+        ("mxfp6_e2m3", scaled_twice, "where this graph has quark_inductor.block_dequantize"),
+        ("nvfp4", scaled_twice, "where this graph has quark_inductor.block_dequantize"),
         ("mxfp4_fp8", from_another_dtype, "where this graph has prims.convert_element_type"),
         ("int8", from_another_dtype, "where this graph has prims.convert_element_type"),
         ("uint4_wo_32", int4_without_its_zero_points, "where this graph has aten."),

@@ -88,6 +88,10 @@ def _hoist(graph: Graph, view: Node) -> Node | None:
     def movable(arg: Any) -> bool:
         if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor) or value(arg).ndim == 0:
             return True
+        # A view there and back is one of groups, of which there is one: what quantizes by groups expects it.
+        back = arg.args[0] if arg.target in _VIEWS else None
+        if isinstance(back, Node) and same_shape(value(back).shape, [*rows, value(arg).shape[-1]]):
+            return False
         same_rows = same_shape(value(arg).shape[:-1], before.shape[:-1])
         width = value(arg).shape[-1]
         return same_rows and (own or reduction or any(statically_known_true(width == w) for w in (last, 1)))
@@ -101,9 +105,6 @@ def _hoist(graph: Graph, view: Node) -> Node | None:
         if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor) or not value(arg).ndim:
             return arg
         wanted = [*rows, value(arg).shape[-1]]
-        back = arg.args[0] if arg.target in (*_VIEWS, aten.unsqueeze.default) else None
-        if isinstance(back, Node) and same_shape(value(back).shape, wanted):
-            return back
         flat = graph.call_function(aten.reshape.default, (arg, [*shape[:-1], wanted[-1]]))
         flat.meta = {**arg.meta, "val": value(arg).reshape(wanted)}
         return flat

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from quark_inductor.patterns.base import Found, Variant, register_rule, same_shape
 from quark_inductor.patterns.fp8_weight import dtypes_and_scales
@@ -20,6 +21,13 @@ def _values(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, *, dtype: torch.dt
 
 def _of_groups(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, *, dtype: torch.dtype) -> Tensor:
     return integer.dequantize_groups(x, x_scale, x_zero_point, dtype)
+
+
+def is_zero(node: Node) -> bool:
+    """Whether a node is a constant 0: what symmetric quantization has for a zero point."""
+    while node.target is torch.ops.aten.squeeze.dim and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.target is torch.ops.aten.full.default and bool(node.args[1] == 0)
 
 
 @register_rule
@@ -41,7 +49,7 @@ class IntegerActivation(ActivationRule):
                 yield Variant(functools.partial(search, dtype=dtype), {**x, **scales}, facts, dtype)
 
     def operands(self, found: Found) -> dict[str, Any] | str:
-        """Codes of 8 bits, and a scale and zero point whose shape is one the op knows."""
+        """Codes of 8 bits, and a scale and zero point whose shape is one the op knows; zeros are left out."""
         x, scale, zero_point = (found.value(name) for name in ("x", "x_scale", "x_zero_point"))
         if (format := FORMATS.get(x.dtype)) is None:
             return "" if x.is_floating_point() else f"the activation's codes are {x.dtype}, expected 8 bits"
@@ -55,6 +63,6 @@ class IntegerActivation(ActivationRule):
         return {
             "x": found["x"],
             "x_scale": found["x_scale"],
-            "x_zero_point": found["x_zero_point"],
+            "x_zero_point": None if is_zero(found["x_zero_point"]) else found["x_zero_point"],
             "x_format": format,
         }

@@ -20,18 +20,24 @@ from quark_inductor.schemes.numerics import integer
 
 def _by_groups(x: Tensor, *, format: str, symmetric: bool, **weight: Tensor) -> Tensor:
     codes, scale, zero_point = integer.quantize_groups(x, K // 4, format, symmetric)
-    return gemm_of(codes, scale, None, zero_point, "int8", x.dtype, **weight)
+    return gemm_of(codes, scale, None, None if symmetric else zero_point, "int8", x.dtype, **weight)
 
 
 def _by_tokens(x: Tensor, *, format: str, symmetric: bool, **weight: Tensor) -> Tensor:
     scale, zero_point = integer.parameters(x, format, symmetric, -1)
-    return gemm_of(integer.quantize(x, scale, zero_point, format), scale, None, zero_point, "int8", x.dtype, **weight)
+    codes = integer.quantize(x, scale, zero_point, format)
+    return gemm_of(codes, scale, None, None if symmetric else zero_point, "int8", x.dtype, **weight)
 
 
 def _given(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, *, format: str, **weight: Tensor) -> Tensor:
     return gemm_of(
         integer.quantize(x, x_scale, x_zero_point, format), x_scale, None, x_zero_point, "int8", x.dtype, **weight
     )
+
+
+def _given_symmetric(x: Tensor, x_scale: Tensor, *, format: str, **weight: Tensor) -> Tensor:
+    zero_point = torch.zeros_like(x_scale, dtype=torch.int32)
+    return gemm_of(integer.quantize(x, x_scale, zero_point, format), x_scale, None, None, "int8", x.dtype, **weight)
 
 
 @register_rule
@@ -57,19 +63,24 @@ class IntegerPrologue(PrologueRule):
                     **some_weight(),
                     "x": torch.zeros(M, K, dtype=dtype),
                     "x_scale": torch.zeros((), dtype=scale_dtype),
-                    "x_zero_point": torch.zeros((), dtype=torch.int32),
                 }
+                zero_point = {"x_zero_point": torch.zeros((), dtype=torch.int32)}
                 facts = {"by": "given", "scale_rule": "given", "x_format": format, "read": read}
-                yield Variant(functools.partial(_given, format=format), example, facts, dtype)
+                yield Variant(functools.partial(_given, format=format), {**example, **zero_point}, facts, dtype)
+                facts = {**facts, "by": "given symmetric"}
+                yield Variant(functools.partial(_given_symmetric, format=format), example, facts, dtype)
 
     def operands(self, found: Found) -> dict[str, Any] | str:
         """Scale and zero point are those the op knows."""
         named: dict[str, Any] = {"x_format": found["x_format"], "scale_rule": found["scale_rule"]}
-        if found["by"] == "given":
+        zero_point = arguments(found.node)["x_zero_point"]
+        if (found["scale_rule"] == "symmetric" or found["by"] == "given symmetric") and zero_point is not None:
+            return "the activation is quantized without a zero point and dequantized with one"
+        if found["by"].startswith("given"):
             shape = found.value("x_scale").shape
             if len(shape) and shape[-1] != 1:
                 return f"the activation is divided by a scale of shape {tuple(shape)}, expected [] or [M, 1]"
-            return {**named, "x_scale": found["x_scale"], "x_zero_point": found["x_zero_point"]}
+            return {**named, "x_scale": found["x_scale"], "x_zero_point": zero_point}
         if found["by"] == "token":
             return named
         groups = value(arguments(found.node)["x_scale"]).shape[-1]

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quark_inductor.schemes.activations import activation_quantizer
-from quark_inductor.schemes.errors import CheckpointError, ConfigError, QuarkInductorError, ShapeError
+from quark_inductor.schemes.errors import (
+    CheckpointError,
+    ConfigError,
+    QuarkInductorError,
+    ShapeError,
+    TrainingError,
+)
 from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import LinearSpec, TensorSpec
 
@@ -350,10 +356,21 @@ class QuarkLinear(nn.Module):
         self.emulation = AT_LOAD
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., K]`` to ``[..., N]``, same dtype."""
+        """``x [..., K]`` to ``[..., N]``, same dtype.
+
+        Raises:
+            ShapeError: the input has not K features.
+            TrainingError: the input is quantized and a gradient of it was asked for.
+        """
         # Also makes K a constant of the graph when every size is symbolic.
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the input's shape is {tuple(x.shape)}, this Linear takes {self.in_features} features")
+        if self.scheme.input is not None and x.requires_grad and torch.is_grad_enabled():
+            raise TrainingError(
+                "a gradient was asked of the input of a Linear that quantizes it to codes, which have none. Quantized "
+                "Linears are for inference: call the model under torch.no_grad() or torch.inference_mode(), or "
+                "detach() what goes into them"
+            )
         if self.merged is not None and torch.compiler.is_compiling():
             fused, begin = self.merged
             return fused(x).narrow(-1, begin, self.out_features)  # type: ignore[no-any-return]

@@ -23,12 +23,12 @@ Weights in a block format, and FP8 ones with a scale ``[]``, ``[E, N]`` or ``[E,
 
 4-bit integers are packed in the order "reorder"; a name with ``_order`` at its end says "order", see
 :data:`.numerics.int4.FORMATS`. The formats of an activation ``[M, K]`` are the block formats, those of FP8, and
-``int8``, ``uint8``, ``int4``, ``uint4``, whose codes are not packed; scales and zero points are ``[]``, ``[M, 1]`` or,
-by groups along K, ``[M, K/G]``.
+``int8``, ``uint8``, ``int4``, ``uint4``, whose codes are not packed; scales and zero points (none: 0) are ``[]``,
+``[M, 1]`` or, by groups along K, ``[M, K/G]``.
 
 How an activation's scales follow from its values, ``scale_rule``: of a block format one of its rules; else ``"given"``
-(scales, and zero points of integers, are operands), ``"amax"`` (FP8), ``"symmetric"`` or ``"asymmetric"`` (integers).
-``group_size`` is how many neighbours along K share one that is computed; 0: a row does (per token).
+(scales, and zero points of integers if they are not 0, are operands), ``"amax"`` (FP8), ``"symmetric"`` or
+``"asymmetric"`` (integers). ``group_size`` is how many neighbours along K share one that is computed; 0: a row does.
 """
 
 import re
@@ -163,8 +163,7 @@ def quantize_activation(
         return integer.quantize_groups(x, group_size, format, scale_rule == "symmetric")
     if scale is None:
         scale, zero_point = integer.parameters(x, format, scale_rule == "symmetric", -1)
-    if zero_point is None:
-        raise ValueError(f"an activation in {format} whose scale is given has a zero point too")
+    zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
     return integer.quantize(x, scale, zero_point, format), scale, zero_point
 
 
@@ -178,7 +177,7 @@ def dequantize_activation(
     groups = scale.ndim > 0 and scale.shape[-1] != 1
     if format in FP8_FORMATS:
         return fp8.dequantize_groups(x, scale, dtype) if groups else fp8.dequantize(x, scale, dtype)
-    assert zero_point is not None
+    zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
     return (integer.dequantize_groups if groups else integer.dequantize)(x, scale, zero_point, dtype)
 
 

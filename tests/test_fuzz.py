@@ -33,7 +33,7 @@ from quark_inductor.schemes.spec import PRESETS
 from quark_inductor.testing import rewrite
 
 pytestmark = pytest.mark.usefixtures("fresh")
-FUZZ = pytest.mark.slow  # all of it: an hour on two cores
+FUZZ = pytest.mark.fuzz  # all of it: an hour on two cores
 
 TOKENS = (1, 2, 3, 5, 8, 17, 33)
 # (K, N, bias): few, so that programs share kernels. What follows a Linear may make a kernel of its own of it.

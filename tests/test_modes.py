@@ -283,17 +283,7 @@ def test_a_trained_head(model: Any, family: str, caplog: pytest.LogCaptureFixtur
     assert net.head.weight.grad.abs().max() > 0
 
 
-CUT = pytest.mark.xfail(strict=True, reason="FP8 and integer codes round or cut a gradient without a word")
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        "mxfp4",
-        "nvfp4",
-        *(pytest.param(name, marks=CUT) for name in ("fp8", "ptpc_fp8", "mxfp4_fp8", "int8_asymmetric")),
-    ],
-)
+@pytest.mark.parametrize("family", ["mxfp4", "nvfp4", "fp8", "ptpc_fp8", "mxfp4_fp8", "int8_asymmetric"])
 def test_a_trained_stem(model: Any, family: str) -> None:
     """Codes have no gradient: an error says so, in eager code and compiled, before anything is computed."""
     net, x = model(family, Stem, exclude=("stem",)), tokens(5)

@@ -201,9 +201,6 @@ TRITON: dict[str, tuple[int, int]] = {
 }
 # With torch._inductor.config.triton.nested_reduction, which torch 2.11 does not have, rows are reduced by blocks too.
 NESTED = {**TRITON, "fp8_block128": (1, 1), "mxfp8": (1, 1), "mxfp4": (2, 2)}
-FLAWED = pytest.mark.xfail(
-    raises=AssertionError, reason="one more kernel fills a tensor with the zero points of symmetric codes, all 0"
-)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +216,7 @@ def fake_gpu() -> Iterator[ModuleType]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("producer", PRODUCERS)
-@pytest.mark.parametrize("scheme", [pytest.param(name, marks=FLAWED if name == "ptpc_int8" else ()) for name in TRITON])
+@pytest.mark.parametrize("scheme", TRITON)
 def test_the_producer_quantizes_on_a_gpu(
     generate: Callable[..., Generated], materialized: str, fake_gpu: ModuleType, scheme: str, producer: str
 ) -> None:

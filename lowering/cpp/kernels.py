@@ -152,7 +152,8 @@ def _prepare(problem: GemmProblem, inputs: Mapping[str, Any]) -> str:
         symmetric = str(rule == "symmetric").lower()
         return f"quantize_integer_groups<{low}, {high}, {symmetric}>({row}, {problem.group_size}, row)"
     if rule == "given":
-        grid = f"Grid{{{_given_scale(problem)}, {_given_scale(problem, 'x_zero_point')}}}"
+        zero_point = _given_scale(problem, "x_zero_point") if "x_zero_point" in inputs else "0.0f"
+        grid = f"Grid{{{_given_scale(problem)}, {zero_point}}}"
     else:
         grid = f"integer_grid<{low}, {high}, {str(rule == 'symmetric').lower()}>({row})"
     return f"quantize_integer_row<{low}, {high}>({row}, {grid}, row)"
@@ -171,7 +172,8 @@ def _decode_activation(problem: GemmProblem, inputs: Mapping[str, Any], global_s
     at = "" if problem.x_granularity == "per_tensor" else f" + m * {groups}"
     if format in _ELEMENTS:
         return f"decode_fp8<{_ELEMENTS[format]}, T>(x + m * K, x_scale{at}, K, {k // groups}, floats(row))"
-    return f"decode_integers<T>(x + m * K, 1, x_scale{at}, 1, x_zero_point{at}, 1, K, {k // groups}, floats(row))"
+    zero_points = f"x_zero_point{at}, 1" if "x_zero_point" in inputs else "(const int8_t*)nullptr, 0"
+    return f"decode_integers<T>(x + m * K, 1, x_scale{at}, 1, {zero_points}, K, {k // groups}, floats(row))"
 
 
 def _decode_weight(problem: GemmProblem, inputs: Mapping[str, Any]) -> str:

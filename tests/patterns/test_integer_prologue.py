@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quark_inductor.schemes.numerics import integer
 from quark_inductor.schemes.ops import dtype_name
 
 K, N = 128, 48
@@ -35,7 +36,9 @@ def test_fuses_once(rewrite: Callable[..., Any], linear: Callable[..., Any], pre
     found = tuple(arguments[name] for name in ("x_format", "scale_rule", "group_size"))
     assert found == PRESETS[preset]
     given = found[1] == "given"
-    assert (arguments["x_scale"] is not None, arguments["x_zero_point"] is not None) == (given, given)
+    # A symmetric activation's zero point, which is 0, is left out; a stored one may be 0 or not.
+    zero_point = given and preset != "int8_dynamic"
+    assert (arguments["x_scale"] is not None, arguments["x_zero_point"] is not None) == (given, zero_point)
     # Nothing of the quantize is left, but the range of a whole tensor, which no row can compute.
     ranges = [done.count(op) for op in (torch.ops.aten.amax.default, torch.ops.aten.amin.default)]
     assert ranges == [preset == "int8_dynamic"] * 2
@@ -157,3 +160,22 @@ def test_another_user_of_the_codes(rewrite: Callable[..., Any]) -> None:
     assert done.fused() == {"prologue_gemm": 1}
     for got, expected in zip(done.output, module(x), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_symmetric_codes_that_are_read_with_a_zero_point(rewrite: Callable[..., Any]) -> None:
+    """The quantize has none to give to the prologue: it stays outside."""
+    weight, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N) + 0.125
+    shift = torch.full((3, 1), 5, dtype=torch.int32)
+
+    def fn(x: Tensor, shift: Tensor) -> Tensor:
+        step, zero = integer.parameters(x, "int8", True, -1)
+        values = integer.dequantize(integer.quantize(x, step, zero, "int8"), step, shift, x.dtype)
+        return values @ (weight.float() * scale.unsqueeze(-1)).t()
+
+    x = randn(3, K)
+    done = rewrite(fn, x, shift)
+    assert done.fused() == {"quantized_gemm": 1}
+    assert {r.reason for r in done.result.left} == {
+        "the activation is quantized without a zero point and dequantized with one"
+    }
+    assert torch.equal(done.output, fn(x, shift))

@@ -224,8 +224,8 @@ def test_a_gradient_through_codes_is_an_error(linear: Callable[..., QuarkLinear]
 def test_a_training_graph_stays_emulated(
     linear: Callable[..., QuarkLinear], interpreted: list[torch.fx.GraphModule], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An FP8 cast lets a gradient through; no fused op does, so no rule may run."""
-    model, x = linear("fp8"), torch.randn(3, 64, requires_grad=True)
+    """A dequantize lets a gradient of the activation through; no fused op does, so no rule may run."""
+    model, x = linear("fp8_weight_only"), torch.randn(3, 64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     with torch.enable_grad(), collect_results() as results, caplog.at_level(logging.WARNING, logger="quark_inductor"):
         model(y).square().sum().backward()

@@ -312,9 +312,6 @@ def test_killed_processes_leave_a_usable_cache(used: Tree) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="Inductor has g++ write a library under its final name, and never writes it again", raises=AssertionError
-)
 def test_a_process_killed_while_it_links_leaves_a_usable_cache(used: Tree) -> None:
     kill(used, "linker")
     (again,) = used.run(FP8)

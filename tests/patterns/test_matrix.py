@@ -15,8 +15,8 @@ ROWS = ((5,), (2, 3))  # 2-D, and 3-D
 # The first in every run: rules look at dtypes one by one, so the others are for completeness.
 DTYPES = [
     torch.bfloat16,
-    pytest.param(torch.float16, marks=pytest.mark.slow),
-    pytest.param(torch.float32, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=pytest.mark.fuzz),
+    pytest.param(torch.float32, marks=pytest.mark.fuzz),
 ]
 
 

@@ -12,6 +12,7 @@ namespace quark::generic {
 constexpr int64_t LANES = 16;
 constexpr float EPS = 0x1p-23f;  // what amd-quark puts in place of a zero scale
 typedef float vec __attribute__((vector_size(64)));
+typedef uint32_t bits __attribute__((vector_size(64)));
 
 inline constexpr int64_t padded(int64_t k) { return round_up(k, LANES); }
 inline constexpr int64_t row_bytes(int64_t k) { return padded(k) * 4; }
@@ -19,6 +20,33 @@ inline void zero_row(uint8_t* row, int64_t k) { std::memset(row, 0, row_bytes(k)
 
 template <typename T>
 inline float rounded(float v) { return float(T(v)); }
+
+// 16 at a time, written out: Inductor compiles with the loop vectorizer turned off.
+template <typename T>
+inline void round_all(vec& v) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    bits b;
+    std::memcpy(&b, &v, sizeof b);
+    b = v != v ? bits{} + 0x7fc00000u : (b + 0x7fffu + (b >> 16 & 1u)) & 0xffff0000u;
+    std::memcpy(&v, &b, sizeof v);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    for (int l = 0; l < LANES; l++) v[l] = float(T(v[l]));
+  }
+}
+
+// out[i] = in[i] * scale, rounded; may be done in place.
+template <typename T>
+inline void scale_into(const float* in, float scale, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec v;
+    std::memcpy(&v, in + i, sizeof v);
+    v *= scale;
+    round_all<T>(v);
+    std::memcpy(out + i, &v, sizeof v);
+  }
+  for (; i < n; i++) out[i] = rounded<T>(in[i] * scale);
+}
 
 inline float clamped(float v, float low, float high) { return v < low ? low : v > high ? high : v; }  // NaN stays NaN
 
@@ -264,21 +292,20 @@ inline void decode_blocks(const C* packed, const SC* scales, int64_t k, float gl
   for (int64_t b = 0; b < k / SIZE; b++) {
     const float stored = S::value(bytes[b]) * global, scale = stored == 0.0f ? zero : stored;
     float* block = out + b * SIZE;
+    float raw[SIZE];
     if constexpr (std::is_same_v<E, Fp4>) {
-      for (int i = 0; i < SIZE / 2; i++) {
-        block[2 * i] = rounded<T>(values[2 * codes[i]] * scale);
-        block[2 * i + 1] = rounded<T>(values[2 * codes[i] + 1] * scale);
-      }
+      for (int i = 0; i < SIZE / 2; i++) std::memcpy(raw + 2 * i, values + 2 * codes[i], 8);
       codes += SIZE / 2;
     } else if constexpr (std::is_same_v<E, Fp6E2M3> || std::is_same_v<E, Fp6E3M2>) {
       for (int i = 0; i < SIZE; i += 4, codes += 3) {
         const uint32_t bits = codes[0] | uint32_t(codes[1]) << 8 | uint32_t(codes[2]) << 16;
-        for (int j = 0; j < 4; j++) block[i + j] = rounded<T>(values[bits >> (6 * j) & 63] * scale);
+        for (int j = 0; j < 4; j++) raw[i + j] = values[bits >> (6 * j) & 63];
       }
     } else {
-      for (int i = 0; i < SIZE; i++) block[i] = rounded<T>(values[codes[i]] * scale);
+      for (int i = 0; i < SIZE; i++) raw[i] = values[codes[i]];
       codes += SIZE;
     }
+    scale_into<T>(raw, scale, SIZE, block);
   }
   pad(k, out);
 }
@@ -290,7 +317,9 @@ inline void decode_fp8(const C* codes, const S* scales, int64_t k, int64_t colum
   const float* values = table<E>();
   for (int64_t c = 0; c < k; c += columns) {
     const float scale = float(scales[c / columns]);
-    for (int64_t i = c; i < std::min(k, c + columns); i++) out[i] = rounded<T>(values[bytes[i]] * scale);
+    const int64_t end = std::min(k, c + columns);
+    for (int64_t i = c; i < end; i++) out[i] = values[bytes[i]];
+    scale_into<T>(out + c, scale, end - c, out + c);
   }
   pad(k, out);
 }
@@ -303,8 +332,19 @@ inline void decode_integers(
   for (int64_t c = 0; c < k; c += columns) {
     const float scale = float(scales[c / columns * scale_stride]);
     const float zero_point = zero_points ? float(zero_points[c / columns * zero_stride]) : 0.0f;
-    for (int64_t i = c; i < std::min(k, c + columns); i++)
-      out[i] = rounded<T>((float(codes[i * stride]) - zero_point) * scale);
+    const int64_t end = std::min(k, c + columns);
+    int64_t i = c;
+    if (stride == 1) {
+      typedef C sixteen __attribute__((vector_size(LANES * sizeof(C))));
+      for (; i + LANES <= end; i += LANES) {
+        sixteen held;
+        std::memcpy(&held, codes + i, sizeof held);
+        vec v = (__builtin_convertvector(held, vec) - zero_point) * scale;
+        round_all<T>(v);
+        std::memcpy(out + i, &v, sizeof v);
+      }
+    }
+    for (; i < end; i++) out[i] = rounded<T>((float(codes[i * stride]) - zero_point) * scale);
   }
   pad(k, out);
 }
@@ -324,8 +364,9 @@ template <bool SIGNED, bool REORDER, typename T, typename S>
 inline void decode_int4(
     const int32_t* words, const S* scales, const int32_t* zero_points, int64_t n, int64_t k, float* out) {
   const float zero_point = int4<SIGNED>(zero_points[n / 8], nibble<REORDER>(n % 8)), scale = float(scales[n]);
-  for (int64_t i = 0; i < k; i++)
-    out[i] = rounded<T>((int4<SIGNED>(words[i / 8], nibble<REORDER>(i % 8)) - zero_point) * scale);
+  for (int64_t i = 0; i < k; i += 8)
+    for (int j = 0; j < 8; j++) out[i + j] = int4<SIGNED>(words[i / 8], nibble<REORDER>(j)) - zero_point;
+  scale_into<T>(out, scale, k, out);
   pad(k, out);
 }
 
@@ -354,21 +395,37 @@ inline void decode_int4_fp8(
 
 // --- the product
 
-// out[m * ld] for R prepared rows and one decoded weight row.
-template <int R>
+// out[r * ld + c] for R prepared rows and C decoded weight rows, all of them padded(k) floats apart.
+template <int R, int C>
 inline void dot(const float* rows, const float* weight, int64_t k, float* out, int64_t ld) {
-  vec sum[R] = {};
+  vec sum[R][C] = {};
   for (int64_t i = 0; i < padded(k); i += LANES) {
-    const vec w = *reinterpret_cast<const vec*>(weight + i);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const vec*>(rows + r * padded(k) + i) * w;
+    vec w[C];
+    for (int c = 0; c < C; c++) w[c] = *reinterpret_cast<const vec*>(weight + c * padded(k) + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const vec x = *reinterpret_cast<const vec*>(rows + r * padded(k) + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) sum[r][c] += x * w[c];
+    }
   }
-  for (int r = 0; r < R; r++) {
-    float total = 0.0f;
-    for (int l = 0; l < LANES; l++) total += sum[r][l];
-    out[r * ld] = total;
-  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) {
+      float total = 0.0f;
+      for (int l = 0; l < LANES; l++) total += sum[r][c][l];
+      out[r * ld + c] = total;
+    }
 }
+
+template <int C>
+inline void columns(const float* rows, int64_t m_rows, const float* weight, int64_t k, float* out, int64_t ld) {
+  int64_t m = 0;
+  for (; m + 4 <= m_rows; m += 4) dot<4, C>(rows + m * padded(k), weight, k, out + m * ld, ld);
+  for (; m < m_rows; m++) dot<1, C>(rows + m * padded(k), weight, k, out + m * ld, ld);
+}
+
+// How many weight rows are decoded before they are multiplied: each activation row is then read once for all of them.
+constexpr int AT_ONCE = 4;
 
 // out[m * ld + n] for prepared rows and `channels` output channels from n_start on; decode(n, weight row).
 template <typename Decode>
@@ -376,11 +433,14 @@ __attribute__((noinline)) void tile(
     const uint8_t* prepared, int64_t m_rows, int64_t k, int64_t n_start, int64_t channels, float* weight, float* out,
     int64_t ld, Decode decode) {
   const float* rows = reinterpret_cast<const float*>(prepared);
-  for (int64_t n = 0; n < channels; n++) {
+  int64_t n = 0;
+  for (; n + AT_ONCE <= channels; n += AT_ONCE) {
+    for (int c = 0; c < AT_ONCE; c++) decode(n_start + n + c, weight + c * padded(k));
+    columns<AT_ONCE>(rows, m_rows, weight, k, out + n, ld);
+  }
+  for (; n < channels; n++) {
     decode(n_start + n, weight);
-    int64_t m = 0;
-    for (; m + 8 <= m_rows; m += 8) dot<8>(rows + m * padded(k), weight, k, out + m * ld + n, ld);
-    for (; m < m_rows; m++) dot<1>(rows + m * padded(k), weight, k, out + m * ld + n, ld);
+    columns<1>(rows, m_rows, weight, k, out + n, ld);
   }
 }
 

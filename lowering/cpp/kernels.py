@@ -30,6 +30,9 @@ _RULES = {
     "combined": "Combined",
 }
 
+# Measured: benchmarks/cpu_fused.md. Below it, and where M is not known before run time, the generic kernel runs.
+_MANY_TOKENS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -65,7 +68,18 @@ def refuse(problem: GemmProblem) -> str | None:
             return f"K = {problem.k} is not a multiple of {BLOCK_FORMATS[format].size}"
     if problem.group_size and problem.k % problem.group_size:
         return f"K = {problem.k} is not a multiple of {problem.group_size}"
+    if _family(problem) == "generic" and problem.m is not None and problem.m >= _MANY_TOKENS:
+        return f"from M = {_MANY_TOKENS} on the generic kernel is slower than the compiled emulation; M is {problem.m}"
     return None
+
+
+def _family(problem: GemmProblem) -> str:
+    """Whose kernel: also the name of its header."""
+    alike = problem.x_format == problem.weight_format and not problem.experts
+    if alike and problem.x_format == "mxfp4" and problem.scale_rule in ("", "even"):
+        return "mxfp4"
+    simple = problem.weight_scale_ndim < 2 and problem.x_granularity != "per_group" and not problem.group_size
+    return "fp8" if alike and problem.x_format == "fp8_e4m3" and simple else "generic"
 
 
 def kernel_for(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | None) -> Kernel:
@@ -76,19 +90,18 @@ def kernel_for(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str |
         inputs: Inductor IR of the tensors, by the op's names.
         rounds_to: the C++ type to which the emulation rounds operands that are not exact in it, if that is wanted.
     """
-    alike = problem.x_format == problem.weight_format and not problem.experts
-    if alike and problem.x_format == "mxfp4" and problem.scale_rule in ("", "even"):
+    family = _family(problem)
+    if family == "mxfp4":
         prologue = problem.op == "prologue_gemm"
         load = "load_row(x + m * (K / 2), x_scale + m * (K / 32), K, row)"
         return Kernel(
-            "mxfp4",
+            family,
             "quantize_row(x + m * K, K, row)" if prologue else load,
             "quark::mxfp4::tile<MT>(prepared, K, weight + n_start * (K / 2), weight_scale + n_start * (K / 32), "
             "n_end - n_start, tile, NT)",
             rows=8,
         )
-    simple = problem.weight_scale_ndim < 2 and problem.x_granularity != "per_group" and not problem.group_size
-    if alike and problem.x_format == "fp8_e4m3" and simple:
+    if family == "fp8":
         row = "x + m * K, K"
         if problem.op == "quantized_gemm":
             prepare = f"load_row({row}, {_given_scale(problem)}, row)"
@@ -97,7 +110,7 @@ def kernel_for(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str |
             prepare = f"quantize_row({row}, {scale}, row)"
         mode = "Exact" if rounds_to is None else f"Rounded<{rounds_to}>"
         return Kernel(
-            "fp8",
+            family,
             prepare if rounds_to is None else f"{prepare}; dequantize_row<{rounds_to}>(K, row)",
             f"quark::fp8::tile<MT, {mode}>(prepared, K, weight + n_start * K, weight_scale + "
             f"{'n_start, 1' if problem.weight_scale_ndim else '0, 0'}, n_end - n_start, tile, NT)",
@@ -107,8 +120,8 @@ def kernel_for(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str |
         "quark::generic::tile(prepared, m_end - m_start, K, n_start, n_end - n_start, decoded, tile, NT, "
         f"[&](int64_t n, float* w) {{ {_decode_weight(problem, inputs)}; }})"
     )
-    scratch = -(-problem.k // 16) * 16
-    return Kernel("generic", _prepare(problem, inputs), tile, rows=32, scratch=scratch, experts=_experts(problem))
+    scratch = 4 * -(-problem.k // 16) * 16  # generic.h decodes AT_ONCE rows
+    return Kernel(family, _prepare(problem, inputs), tile, rows=64, scratch=scratch, experts=_experts(problem))
 
 
 def _experts(problem: GemmProblem) -> dict[str, int]:

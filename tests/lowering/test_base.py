@@ -243,10 +243,23 @@ def test_what_cpp_refuses(target: Target, changes: dict[str, Any], reason: str) 
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("m", [None, 1, 600])
+@pytest.mark.parametrize("m", [None, 1, 127])
 def test_what_cpp_runs(formats: dict[str, Any], dtype: str, m: int | None) -> None:
     for n, k in ((1, 32), (33, 96), (4096, 14336)):
         assert select(CPU, problem(dtype=dtype, m=m, n=n, k=k, **formats)).provider.name == "cpp"
+
+
+def test_the_generic_kernel_is_for_few_tokens() -> None:
+    """Where the emulation is faster, it runs; formats with kernels of their own have no such limit."""
+    int8: dict[str, Any] = {"op": "weight_only_gemm", "weight_format": "int8"}
+    assert select(CPU, problem(**int8, m=127)).provider.name == "cpp"
+    chosen = select(CPU, problem(**int8, m=128))
+    assert chosen.provider is None
+    assert chosen.refusals == (
+        "cpp: from M = 128 on the generic kernel is slower than the compiled emulation; M is 128",
+    )
+    mxfp4: dict[str, Any] = {"op": "prologue_gemm", "x_format": "mxfp4", "scale_rule": "even", "weight_format": "mxfp4"}
+    assert select(CPU, problem(**mxfp4, m=4096)).provider.name == "cpp"
 
 
 @pytest.mark.parametrize("op", ["weight_only_gemm", "quantized_gemm", "prologue_gemm"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from quark_inductor.lowering.cpp import kernels
 from quark_inductor.schemes.numerics.int4 import format_of
 from quark_inductor.schemes.spec import PRESETS, LinearSpec, TensorSpec
 
@@ -447,9 +448,16 @@ def test_no_rows(oracle: ModuleType) -> None:
     assert y.shape == (0, model.sizes[0][0])
 
 
+@pytest.fixture
+def any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's numbers are wanted, also where the emulation would be faster and the provider says no."""
+    monkeypatch.setattr(kernels, "_MANY_TOKENS", 1 << 20)
+
+
 # --- edges of the formats
 
 
+@pytest.mark.usefixtures("any_number_of_tokens")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_of_every_fifth_bfloat16(oracle: ModuleType, dtype: torch.dtype) -> None:
     """Every fifth number of bfloat16 as the largest of its block or row, with others from it down to nothing.
@@ -500,6 +508,7 @@ def test_codes_of_every_fifth_bfloat16(oracle: ModuleType, dtype: torch.dtype) -
         assert not y[~finite].isfinite().all(-1).any(), x
 
 
+@pytest.mark.usefixtures("any_number_of_tokens")
 @pytest.mark.parametrize("format", ["mxfp8_e4m3", "nvfp4", "amdfp4_g32"])
 def test_every_scale_byte(oracle: ModuleType, format: str) -> None:
     """Of a weight and of an activation: E8M0, E4M3, E5M3, of which 0 is eps in an activation."""

@@ -483,7 +483,7 @@ template <typename T, typename Prepare, typename Decode>
 void generic_gemm(int rows, int64_t n, int64_t k, Prepare prepare, Decode decode) {
   using namespace quark::generic;
   const auto prepared = quark::scratch(rows * row_bytes(k));
-  const auto weight = quark::scratch(row_bytes(k));
+  const auto weight = quark::scratch(AT_ONCE * row_bytes(k));
   const buffer<float> out(rows * n);
   for (int m = 0; m < rows; m++) zero_row(prepared.get() + m * row_bytes(k), k);
   for (int m = 0; m < rows; m++) prepare(m, prepared.get() + m * row_bytes(k));

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._inductor.codegen.cpp import CppScheduling
 
 import quark_inductor as qi
+from quark_inductor.lowering.cpp import kernels
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.spec import PRESETS
@@ -540,6 +541,12 @@ def inputs_of(
     if other_sizes:
         shapes = [(*(OTHER_TOKENS[n] for n in lead), k) for *lead, k in shapes]
     return [p.input(generator, shape, special or p.special) for p, shape in zip(all_programs, shapes, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and compared also where the emulation would be faster and the provider says no."""
+    monkeypatch.setattr(kernels, "_MANY_TOKENS", 1 << 20)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def assert_fused(results: list[Any], family: str) -> None:
 
 def all_families(one: str) -> list[Any]:
     """One in the fast run; kernels take their time."""
-    return [name if name == one else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
+    return [name if name == one else pytest.param(name, marks=pytest.mark.fuzz) for name in RULES]
 
 
 # --- ways of compiling

@@ -171,7 +171,7 @@ def test_the_gemm_quantizes(generate: Callable[..., Generated], scheme: str, pro
     assert done.calls == []
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("scheme", CPU_SCHEMES)
 def test_the_producer_quantizes(

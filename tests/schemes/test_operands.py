@@ -291,6 +291,12 @@ def test_activations_quantize(
     assert not values[0].any()
 
 
-def test_a_given_scale_of_integers_comes_with_a_zero_point() -> None:
-    with pytest.raises(ValueError, match="an activation in int8 whose scale is given has a zero point too"):
-        operands.quantize_activation(torch.ones(2, 8), torch.ones(()), None, None, "int8", "given", 0)
+def test_no_zero_point_is_zero() -> None:
+    """Of an activation in integers: 3.5 rounds to the even 4, and 200 saturates."""
+    x, half = torch.tensor([[1.75, -100.0, 100.0]]), torch.tensor(0.5)
+    codes, scale, zero_point = operands.quantize_activation(x, half, None, None, "int8", "given", 0)
+    assert codes.tolist() == [[4, -128, 127]]
+    assert (scale is half, zero_point.item()) == (True, 0)  # type: ignore[union-attr]
+    assert operands.dequantize_activation(codes, half, None, None, "int8", torch.float32).tolist() == [
+        [2.0, -64.0, 63.5]
+    ]

@@ -16,7 +16,7 @@ from quark_inductor.lowering.target import current
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.errors import QuarkInductorError
 
-FUSED_OPS: tuple[Callable[..., Any], ...] = (ops.weight_only_gemm, ops.quantized_gemm, ops.prologue_gemm)
+FUSED_OPS: tuple[Callable[..., Any], ...] = tuple(getattr(ops, name) for name in sorted(ops.FUSED_OPS))
 
 
 def count_key(op: str, provider: str) -> str:

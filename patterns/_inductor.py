@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._functorch import config as functorch_config
+from torch._guards import detect_fake_mode
 from torch._inductor import config, cpp_builder, custom_graph_pass, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
@@ -20,18 +21,15 @@ from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
-    CallFunctionVarArgs,
     FailedMatch,
     Ignored,
     KeywordArg,
     Match,
     MatchContext,
     PatternExpr,
-    PatternMatcherPass,
     _TargetExpr,
     fwd_only,
     fx_to_pattern,
-    register_graph_pattern,
 )
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -41,22 +39,24 @@ from quark_inductor.patterns.cse import cse
 from quark_inductor.schemes.ops import NAMESPACE
 
 __all__ = [
-    "CallFunctionVarArgs",
+    "CallFunction",
     "CustomGraphPass",
+    "Ignored",
+    "KeywordArg",
     "Match",
     "PatternExpr",
-    "PatternMatcherPass",
+    "Sizes",
     "atomic_builds",
     "attempt",
     "compile_fx",
     "config",
     "counters",
+    "detect_fake_mode",
     "dynamo_timed",
     "fwd_only",
     "graphs_not_cached",
     "list_mode_options",
     "pass_list",
-    "register_graph_pattern",
     "remove_noop_ops",
     "reset_cudagraph_trees",
     "statically_known_true",
@@ -76,7 +76,7 @@ _SIZES: dict[Any, int] = {
 }
 
 
-def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tensor]) -> tuple[PatternExpr, torch.dtype]:
+def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tensor]) -> tuple[CallFunction, torch.dtype]:
     """The pattern of a function, as this torch's Inductor decomposes it, and the dtype of what it computes.
 
     It is exact on constants and dtypes, but for sizes of views, and for devices. A constant argument of an op of this
@@ -100,6 +100,18 @@ def traced_pattern(search: Callable[..., Any], example: Mapping[str, torch.Tenso
     return _relaxed(fx_to_pattern(gm, ignore_types=(), argnames=names), {}), result.meta["val"].dtype
 
 
+class Sizes(Ignored):  # type: ignore[misc]
+    """So many sizes, whichever. As a list in a pattern they would have the matcher flatten all arguments, slowly."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def _match(self, node: Any, ctx: MatchContext) -> Any:
+        if isinstance(node, list | tuple) and len(node) == self.count:
+            return Match(ctx, self)
+        return FailedMatch("args_structure {} {}", node, self.count)
+
+
 def _relaxed(pattern: Any, known: dict[int, Any]) -> Any:
     if isinstance(pattern, list | tuple):
         return type(pattern)(_relaxed(p, known) for p in pattern)
@@ -110,7 +122,7 @@ def _relaxed(pattern: Any, known: dict[int, Any]) -> Any:
     if id(pattern) not in known:
         (target, *_), args = pattern.fns, list(pattern.args)
         if (i := _SIZES.get(target)) is not None and i < len(args):
-            args[i] = [Ignored() for _ in args[i]] if isinstance(args[i], list | tuple) else Ignored()
+            args[i] = Sizes(len(args[i])) if isinstance(args[i], list | tuple) else Ignored()
         if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
             for i, argument in enumerate(target._schema.arguments[: len(args)]):
                 args[i] = args[i] if isinstance(args[i], PatternExpr) else KeywordArg(argument.name)

@@ -16,12 +16,12 @@ import torch
 from torch.fx import Graph, Node
 
 from quark_inductor.patterns._inductor import (
-    Match,
-    PatternExpr,
+    CallFunction,
     statically_known_true,
     traced_pattern,
     unset_fake_temporarily,
 )
+from quark_inductor.patterns.matcher import Calls, calls_of, match
 from quark_inductor.schemes.errors import QuarkInductorError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,6 +34,7 @@ GEMMS: Mapping[Any, tuple[int, int, int | None]] = {
 }
 # What ends the way back from an operand to what it was computed from: another product, or a look-up.
 PRODUCTS = frozenset({*GEMMS, _aten.baddbmm.default, _aten.embedding.default})
+VIEWS = frozenset({_aten.reshape.default, _aten.view.default})
 # In which order rules run; those of one stage in any order.
 STAGES = ("weight", "activation", "prologue")
 
@@ -131,20 +132,16 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A variant's pattern, the dtypes of what it computes and of its floating-point examples, and its facts.
+    """A variant's pattern and its calls, the dtypes of what it computes and of its floating-point examples, its facts.
 
     Codes may be of any dtype: which, is for the rule's check.
     """
 
-    pattern: PatternExpr
+    pattern: CallFunction
+    calls: Calls
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
     facts: Mapping[str, Any]
-
-    @property
-    def targets(self) -> Sequence[Any]:
-        """What its last node calls."""
-        return getattr(self.pattern, "fns", ())
 
     def refuse_dtypes(self, named: Mapping[str, Any]) -> str | None:
         """``None`` if the nodes matched by the examples' names have their dtypes."""
@@ -159,6 +156,8 @@ class Rule(ABC):
 
     name: ClassVar[str]
     stage: ClassVar[str] = "weight"
+    # What a node calls that the rule may replace; None: anything, and every node of a graph is tried.
+    targets: ClassVar[tuple[Any, ...] | None] = None
 
     @abstractmethod
     def variants(self) -> Iterable[Variant]:
@@ -176,7 +175,10 @@ class Rule(ABC):
         """The node that replaces ``found.node``, inserted just before it. May read, but not change what was matched."""
 
     def operand(self, node: Node) -> Node | None:
-        """The node a pattern must end in for ``node`` to be replaced: by default ``node`` itself; ``None``: nothing."""
+        """The node a pattern must end in for ``node``, one of :attr:`targets`, to be replaced; ``None``: nothing.
+
+        By default ``node`` itself.
+        """
         return node
 
     def may_be(self, variant: Variant, end: Node) -> bool:
@@ -202,21 +204,27 @@ class Rule(ABC):
         with unset_fake_temporarily():
             pattern, dtype = traced_pattern(variant.search, variant.example)
         floats = {name: t.dtype for name, t in variant.example.items() if t.dtype in FLOAT_DTYPES}
-        return Traced(pattern, dtype, floats, variant.facts)
+        return Traced(pattern, calls_of(pattern), dtype, floats, variant.facts)
+
+    def _candidates(self, graph: Graph) -> list[Node]:
+        if self.targets is None:
+            return [node for node in graph.nodes if node.op == "call_function"]
+        return [node for target in self.targets for node in graph.find_nodes(op="call_function", target=target)]
 
     def apply(self, graph: Graph, history: History) -> PassResult:
         """Rewrite every match in a graph, in place. What is replaced stays in it, without users."""
         start = time.perf_counter()
         matches, refusals = 0, []
-        for node in list(graph.nodes):
-            if node.op != "call_function" or not node.users or (end := self.operand(node)) is None:
+        for node in self._candidates(graph):
+            if not node.users or (end := self.operand(node)) is None:
                 continue
             reason = ""
             for traced in self.possible(end):
-                if end.target not in traced.targets or not isinstance(match := traced.pattern.match(end), Match):
+                if (matched := match(traced.calls, end)) is None:
                     continue
-                found = Found(node, {**match.kwargs, **traced.facts}, tuple(match.nodes))
-                refusal = _unnamed_kwargs(node) or traced.refuse_dtypes(match.kwargs) or self.check(found)
+                named, nodes = matched
+                found = Found(node, {**named, **traced.facts}, nodes)
+                refusal = _unnamed_kwargs(node) or traced.refuse_dtypes(named) or self.check(found)
                 if refusal is not None:
                     reason = reason or refusal
                     continue
@@ -267,6 +275,12 @@ def value(node: Node) -> torch.Tensor:
     """The fake tensor a node computes."""
     result: torch.Tensor = node.meta["val"]
     return result
+
+
+def is_byte(node: Any) -> bool:
+    """Whether something is a node that computes a tensor of 8-bit codes or scales."""
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(val, torch.Tensor) and val.dtype.itemsize == 1 and val.dtype != torch.bool
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quark_inductor.patterns._inductor import statically_known_true
-from quark_inductor.patterns.base import GEMMS, same_shape, value
+from quark_inductor.patterns.base import GEMMS, VIEWS, is_byte, same_shape, value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -30,7 +30,6 @@ _ROW_PRESERVING = frozenset(
     }
 )
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
-_VIEWS = frozenset({aten.reshape.default, aten.view.default})
 
 
 def hoist_views(graph: Graph) -> int:
@@ -52,27 +51,22 @@ def hoist_views(graph: Graph) -> int:
     return moved
 
 
-def _is_byte(node: Node) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and val.dtype.itemsize == 1 and val.dtype != torch.bool
-
-
 def _is_dequantized(node: Any) -> bool:
     """Whether a view is of something computed row by row from codes."""
     todo, seen = [node], set[Any]()
     while todo:
         node = todo.pop()
-        if not isinstance(node, Node) or node in seen or not (node.target in _VIEWS or node.target in _ROW_PRESERVING):
+        if not isinstance(node, Node) or node in seen or not (node.target in VIEWS or node.target in _ROW_PRESERVING):
             continue
         seen.add(node)
-        if any(_is_byte(source) for source in node.all_input_nodes):
+        if any(is_byte(source) for source in node.all_input_nodes):
             return True
         todo += node.all_input_nodes
     return False
 
 
 def _hoist(graph: Graph, view: Node) -> Node | None:
-    if view._erased or view.target not in _VIEWS or not value(view).ndim:
+    if view._erased or view.target not in VIEWS or not value(view).ndim:
         return None
     source = view.args[0]
     assert isinstance(source, Node)
@@ -89,7 +83,7 @@ def _hoist(graph: Graph, view: Node) -> Node | None:
         if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor) or value(arg).ndim == 0:
             return True
         # A view there and back is one of groups, of which there is one: what quantizes by groups expects it.
-        back = arg.args[0] if arg.target in _VIEWS else None
+        back = arg.args[0] if arg.target in VIEWS else None
         if isinstance(back, Node) and same_shape(value(back).shape, [*rows, value(arg).shape[-1]]):
             return False
         same_rows = same_shape(value(arg).shape[:-1], before.shape[:-1])

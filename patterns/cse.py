@@ -11,6 +11,8 @@ aten = torch.ops.aten
 
 
 def _frozen(arg: Any) -> Any:
+    if isinstance(arg, Node):
+        return arg
     if isinstance(arg, list | tuple):
         return tuple(_frozen(a) for a in arg)
     if isinstance(arg, dict):
@@ -20,12 +22,11 @@ def _frozen(arg: Any) -> Any:
 
 
 def _is_pure(node: Node) -> bool:
-    if node.op != "call_function" or node.is_impure():
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        unstable = torch.Tag.nondeterministic_seeded in node.target.tags or node.target is aten.empty.memory_format
-        return not node.target._schema.is_mutable and not unstable
-    return node.target is operator.getitem
+    """Whether what a node calls gives the same for the same arguments; that depends on what it calls alone."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    unstable = torch.Tag.nondeterministic_seeded in node.target.tags or node.target is aten.empty.memory_format
+    return not node.is_impure() and not node.target._schema.is_mutable and not unstable
 
 
 def _memory_of_outputs(graph: Graph) -> set[Node]:
@@ -50,10 +51,13 @@ def cse(graph: Graph) -> int:
     graph are, or are views of, is never merged: the caller may write into one of them.
     """
     seen: dict[Any, Node] = {}
+    pure: dict[Any, bool] = {}
     outputs = _memory_of_outputs(graph)
     removed = 0
     for node in list(graph.nodes):
-        if node in outputs or not _is_pure(node):
+        if node.target not in pure:
+            pure[node.target] = _is_pure(node)
+        if not pure[node.target] or node in outputs:
             continue
         try:
             first = seen.setdefault((node.target, _frozen(node.args), _frozen(node.kwargs)), node)

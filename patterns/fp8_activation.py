@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.patterns.base import Found, Variant, register_rule
-from quark_inductor.patterns.fp8_weight import dtypes_and_scales
-from quark_inductor.patterns.operands import ActivationRule, K, M, refuse_scale
+from quark_inductor.patterns.operands import ActivationRule, K, M, dtypes_and_scales, refuse_scale
 from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.operands import fp8_format
 

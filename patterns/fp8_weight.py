@@ -7,21 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quark_inductor.patterns.base import FLOAT_DTYPES, Found, Variant, register_rule, same_shape, value
-from quark_inductor.patterns.operands import K, N, WeightRule
+from quark_inductor.patterns.base import Found, Variant, register_rule, same_shape, value
+from quark_inductor.patterns.operands import K, N, WeightRule, dtypes_and_scales
 from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.operands import fp8_format
-
-
-def dtypes_and_scales() -> Iterable[tuple[torch.dtype, torch.dtype]]:
-    """Each dtype of a result with each dtype that its scales may have: the same, or float32.
-
-    In this order: a scale of the same dtype is cast first, and the pattern of float32 takes the cast for the scale.
-    """
-    for dtype in FLOAT_DTYPES:
-        yield dtype, dtype
-        if dtype != torch.float32:
-            yield dtype, torch.float32
 
 
 def _spread(weight: Tensor, weight_scale: Tensor, *, dtype: torch.dtype) -> Tensor:

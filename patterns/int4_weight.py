@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.patterns.base import FLOAT_DTYPES, Found, Variant, register_rule
-from quark_inductor.patterns.fp8_weight import dtypes_and_scales
-from quark_inductor.patterns.operands import K, WeightRule
+from quark_inductor.patterns.operands import K, WeightRule, dtypes_and_scales
 from quark_inductor.schemes.numerics import int4
 
 _N = 24  # a multiple of 8, as packed zero points are

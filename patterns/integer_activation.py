@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from quark_inductor.patterns.base import Found, Variant, register_rule, same_shape
-from quark_inductor.patterns.fp8_weight import dtypes_and_scales
 from quark_inductor.patterns.integer_weight import FORMATS
-from quark_inductor.patterns.operands import ActivationRule, K, M, refuse_scale
+from quark_inductor.patterns.operands import ActivationRule, K, M, dtypes_and_scales, refuse_scale
 from quark_inductor.schemes.numerics import integer
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from quark_inductor.patterns.base import FLOAT_DTYPES, Found, Variant, arguments, register_rule, value
-from quark_inductor.patterns.fp8_weight import dtypes_and_scales
 from quark_inductor.patterns.integer_weight import FORMATS
-from quark_inductor.patterns.operands import K, M, PrologueRule, gemm_of, some_weight
+from quark_inductor.patterns.operands import K, M, PrologueRule, dtypes_and_scales, gemm_of, some_weight
 from quark_inductor.schemes.numerics import integer
 
 

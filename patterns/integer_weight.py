@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quark_inductor.patterns.base import Found, Variant, register_rule, same_shape
-from quark_inductor.patterns.fp8_weight import dtypes_and_scales, refuse_weight_scale, scaled_weights
-from quark_inductor.patterns.operands import K, N, WeightRule, source_of
+from quark_inductor.patterns.fp8_weight import refuse_weight_scale, scaled_weights
+from quark_inductor.patterns.operands import K, N, WeightRule, dtypes_and_scales, source_of
 from quark_inductor.schemes.numerics import integer
 
 FORMATS = {torch.int8: "int8", torch.uint8: "uint8"}

@@ -1,18 +1,13 @@
 """What no rule consumed becomes plain aten again, so that Inductor compiles the emulation like any other code."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from quark_inductor.patterns._inductor import (
-    CallFunctionVarArgs,
-    Match,
-    PatternMatcherPass,
-    fwd_only,
-    register_graph_pattern,
-)
+from quark_inductor.patterns._inductor import detect_fake_mode, fwd_only
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.numerics import block, int4
 
@@ -40,24 +35,45 @@ def late_decomposition(graph: Graph) -> int:
     """Decompose every op of ours left in a graph but the fused ones; returns how many there were."""
     # Tracing takes 20 ms; a model's layers are mostly alike. For one graph: its fake tensors are of one mode.
     traced: dict[Any, GraphModule] = {}
-    matcher = PatternMatcherPass(pass_name="quark_late_decomposition")
-    for op, plain in _PLAIN.items():
+    found = [node for op in _PLAIN for node in graph.find_nodes(op="call_function", target=op)]
+    for node in found:
+        assert not node.kwargs, "quantize and dequantize nodes are made with positional arguments"
+        key = node.target, *map(_kind, node.args)
+        if key not in traced:
+            traced[key] = _trace(node)
+        _replace(node, traced[key].graph)
+    return len(found)
 
-        def decompose(match: Match, *args: Any, op: Any = op, plain: Callable[..., Any] = plain, **kwargs: Any) -> None:
-            assert not kwargs, "quantize and dequantize nodes are made with positional arguments"
 
-            def call(*values: torch.Tensor) -> Any:
-                given = iter(values)
-                return plain(*(next(given) if isinstance(a, Node) else a for a in args))
+def _trace(node: Node) -> GraphModule:
+    """The plain graph of one call, of the tensors among its arguments."""
+    plain = _PLAIN[node.target]
 
-            def trace(function: Any, *values: Any, **unused: Any) -> GraphModule:
-                key = op, *map(_kind, args)
-                if key not in traced:
-                    traced[key] = fwd_only(function, *values)
-                return traced[key]
+    def call(*values: torch.Tensor) -> Any:
+        given = iter(values)
+        return plain(*(next(given) if isinstance(a, Node) else a for a in node.args))
 
-            trace_fn: Any = trace
-            match.replace_by_example(call, [a for a in args if isinstance(a, Node)], trace_fn=trace_fn)
+    values = [a.meta["val"] for a in node.args if isinstance(a, Node)]
+    mode = detect_fake_mode(values)
+    assert mode is not None, "a graph that is compiled holds fake tensors"
+    with mode:  # what the plain form creates must be fake too
+        return fwd_only(call, values)
 
-        register_graph_pattern(CallFunctionVarArgs(op), pass_dict=matcher)(decompose)
-    return int(matcher.apply(graph))
+
+def _replace(node: Node, plain: Graph) -> None:
+    tensors = [a for a in node.args if isinstance(a, Node)]
+    copies: dict[Node, Node] = dict(zip(plain.find_nodes(op="placeholder"), tensors, strict=True))
+    inside = {name: value for name, value in node.meta.items() if name not in ("val", "tensor_meta")}
+    with node.graph.inserting_before(node):
+        result: Any = node.graph.graph_copy(plain, copies)
+    for inner, copy in copies.items():
+        if inner.op == "call_function":
+            copy.meta.update(inside)
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for item in list(node.users):
+            assert item.target is operator.getitem
+            item.replace_all_uses_with(result[item.args[1]])
+            node.graph.erase_node(item)
+    node.graph.erase_node(node)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quark_inductor.lowering.base import EMULATION
-from quark_inductor.patterns.base import PRODUCTS, Refusal, arguments, layer_of
+from quark_inductor.patterns.base import GEMMS, PRODUCTS, VIEWS, Refusal, arguments, is_byte, layer_of
 from quark_inductor.patterns.nearest import nearest
 from quark_inductor.patterns.selection import LinearResult, is_fused
 from quark_inductor.schemes.ops import NAMESPACE
@@ -23,10 +23,9 @@ _DEQUANTIZES = frozenset(
         aten.add.Tensor,
         aten.div.Tensor,
         aten.mul.Tensor,
-        aten.relu.default,
+        aten.relu.default,  # of none, but near one: the refusal names it
         aten.sub.Tensor,
-        aten.view.default,
-        aten.reshape.default,
+        *VIEWS,
         aten.unsqueeze.default,
         aten.expand.default,
         aten.clone.default,
@@ -35,24 +34,17 @@ _DEQUANTIZES = frozenset(
         torch.ops.quark_inductor.block_dequantize.default,
     }
 )
-# The places of GEMMs' operands: what is multiplied, and by what.
+# The places of what is multiplied, and by what. No rule knows the last, but it may read codes.
 _OPERANDS: Mapping[Any, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.bmm.default: (0, 1),
+    **{gemm: places[:2] for gemm, places in GEMMS.items()},
     aten.baddbmm.default: (1, 2),
 }
-
-
-def _is_byte(node: Any) -> bool:
-    val = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(val, torch.Tensor) and val.dtype.itemsize == 1 and val.dtype != torch.bool
 
 
 def is_left(node: Node) -> bool:
     """Whether a node quantizes or dequantizes: a block or unpack op of ours, or a cast from or to 8 bits."""
     if node.target is prims.convert_element_type.default:
-        return _is_byte(node) or _is_byte(node.args[0])
+        return is_byte(node) or is_byte(node.args[0])
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and not is_fused(node)
 
 
@@ -70,8 +62,8 @@ def _comes_from_codes(operand: Any) -> bool:
             return False
         if not node.all_input_nodes:
             val = node.meta.get("val")
-            # 4-bit integers are stored in matrices of int32; so are positions and masks, but not as matrices.
-            codes |= _is_byte(node) or (isinstance(val, torch.Tensor) and val.dtype == torch.int32 and two_dimensional)
+            # 4-bit integers are stored in int32. Positions are int32 too, but rotary angles have three dimensions.
+            codes |= is_byte(node) or (isinstance(val, torch.Tensor) and val.dtype == torch.int32 and two_dimensional)
         todo += node.all_input_nodes
     return codes
 
@@ -84,11 +76,11 @@ def _dequantize_of(operand: Any) -> list[Node]:
         node = todo.pop()
         if not isinstance(node, Node) or node in seen:
             continue
-        if is_left(node) or node.target in _DEQUANTIZES or node.target is operator.getitem or _is_byte(node):
+        if is_left(node) or node.target in _DEQUANTIZES or node.target is operator.getitem or is_byte(node):
             seen.add(node)
             # What was quantized is not part of it.
             if node.target is not _quantize and not (
-                node.target is prims.convert_element_type.default and _is_byte(node)
+                node.target is prims.convert_element_type.default and is_byte(node)
             ):
                 todo += node.all_input_nodes
     return [node for node in seen if is_left(node)]
@@ -125,7 +117,7 @@ def leftovers(
                 continue
             named = arguments(node)
             left = [n for name in ("x", "x_scale", "x_zero_point") for n in _dequantize_of(named.get(name))]
-            partly = any(not _is_byte(n) for n in left) and named.get("x_format") is None
+            partly = any(not is_byte(n) for n in left) and named.get("x_format") is None
         elif node.target in _OPERANDS and _comes_from_codes(node.args[_OPERANDS[node.target][1]]):
             places = _OPERANDS[node.target]
             left = [n for place in places for n in _dequantize_of(node.args[place])]

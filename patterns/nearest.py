@@ -28,8 +28,9 @@ def _nearest(node: Node) -> str:
         return f"the GEMM is in {dtype}, the rules know {', '.join(map(str, FLOAT_DTYPES))}"
     most, reason = (-1, -1), ""
     for rule in registered_rules():
-        end = rule.operand(node)
-        if end is None:
+        if rule.targets is not None and node.target not in rule.targets:
+            continue
+        if (end := rule.operand(node)) is None:
             continue
         for traced in rule.possible(end):
             if isinstance((found := attempt(traced.pattern, end)), Match):

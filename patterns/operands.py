@@ -11,13 +11,25 @@ The leaves of the first two are the quantized tensors: the quantize stays outsid
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quark_inductor.patterns.base import GEMMS, Found, Rule, Variant, arguments, call, same_shape, value
+from quark_inductor.patterns.base import (
+    FLOAT_DTYPES,
+    GEMMS,
+    VIEWS,
+    Found,
+    Rule,
+    Variant,
+    arguments,
+    call,
+    same_shape,
+    value,
+)
 from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 from quark_inductor.schemes.operands import features
@@ -26,12 +38,22 @@ from quark_inductor.schemes.ops import dtype_name
 _ops = torch.ops.quark_inductor
 # What to trace with: sizes that no constant of a pattern equals.
 M, N, K = 3, 5, 64
-_VIEWS = frozenset({torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten.reshape.default})
+
+
+def dtypes_and_scales() -> Iterable[tuple[torch.dtype, torch.dtype]]:
+    """Each dtype of a result with each dtype that its scales may have: the same, or float32.
+
+    In this order: a scale of the same dtype is cast first, and the pattern of float32 takes the cast for the scale.
+    """
+    for dtype in FLOAT_DTYPES:
+        yield dtype, dtype
+        if dtype != torch.float32:
+            yield dtype, torch.float32
 
 
 def source_of(node: Node) -> Node:
     """What a node is a view of."""
-    while node.target in _VIEWS and isinstance(node.args[0], Node):
+    while (node.target in VIEWS or node.target is torch.ops.aten.permute.default) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -63,27 +85,25 @@ class WeightRule(OperandRule):
     """``mm(x, w)``, ``addmm(bias, x, w)``, ``bmm(x, w)``: the pattern is that of ``w``, ``[K, N]`` or ``[E, K, N]``."""
 
     stage = "weight"
+    targets = tuple(GEMMS)
 
     def operand(self, node: Node) -> Node | None:
         """What a GEMM multiplies by."""
-        if node.target not in GEMMS:
-            return None
         weight = node.args[GEMMS[node.target][1]]
         # A float parameter, as it is or transposed: nothing to look for.
         return weight if isinstance(weight, Node) and source_of(weight).all_input_nodes else None
 
     def check(self, found: Found) -> str | None:
         """A weight whose sizes are constants, too."""
-        shape = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
+        shape = _transposed_shape(found)
         if not all(isinstance(size, int) for size in shape):
             return f"the weight's shape {list(shape)} is not known when compiling"
         return super().check(found)
 
     def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
         """N and K are those of the codes, and the bias is ``[N]``."""
-        *_, k, n = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
+        *experts, k, n = _transposed_shape(found)
         weight, scale = value(operands["weight"]), value(operands["weight_scale"])
-        *experts, _, _ = value(found.node.args[GEMMS[found.node.target][1]]).shape  # type: ignore[arg-type]
         known = features(weight.shape, scale.ndim, operands["weight_format"]) == (n, k)
         if not known or not same_shape(weight.shape[:-2], experts):
             return f"the dequantized weight is {[*experts, n, k]}, which is not the shape of its codes"
@@ -99,6 +119,13 @@ class WeightRule(OperandRule):
         return call(found.node.graph, _ops.weight_only_gemm.default, named)
 
 
+def _transposed_shape(found: Found) -> torch.Size:
+    """``[K, N]`` or ``[E, K, N]``."""
+    weight = found.node.args[GEMMS[found.node.target][1]]
+    assert isinstance(weight, Node)
+    return value(weight).shape
+
+
 def _bias(gemm: Node) -> Node | None:
     index = GEMMS[gemm.target][2]
     bias = None if index is None else gemm.args[index]
@@ -110,10 +137,11 @@ class ActivationRule(OperandRule):
     """``weight_only_gemm(x, ...)``: the pattern is that of ``x``, ``[M, K]``."""
 
     stage = "activation"
+    targets = (_ops.weight_only_gemm.default,)
 
     def operand(self, node: Node) -> Node | None:
         """What a GEMM of a quantized weight multiplies."""
-        x = node.args[0] if node.target is _ops.weight_only_gemm.default else None
+        x = node.args[0]
         return x if isinstance(x, Node) else None
 
     def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:
@@ -122,8 +150,7 @@ class ActivationRule(OperandRule):
 
     def rewrite(self, found: Found) -> Node:
         """One ``quantized_gemm``."""
-        weight = arguments(found.node)
-        named = {**weight, **self.made_of(found), "out_dtype": dtype_name(value(found.node).dtype)}
+        named = {**arguments(found.node), **self.made_of(found), "out_dtype": dtype_name(value(found.node).dtype)}
         return call(found.node.graph, _ops.quantized_gemm.default, named)
 
 
@@ -131,10 +158,7 @@ class PrologueRule(OperandRule):
     """``quantized_gemm(quantize(x), ...)``: the pattern is all of it, made by :func:`gemm_of`."""
 
     stage = "prologue"
-
-    def operand(self, node: Node) -> Node | None:
-        """A GEMM on quantized operands itself."""
-        return node if node.target is _ops.quantized_gemm.default else None
+    targets = (_ops.quantized_gemm.default,)
 
     def may_be(self, variant: Variant, end: Node) -> bool:
         """Of the format in which the GEMM reads its activation, if the variant's facts name one as ``"read"``."""

@@ -40,12 +40,14 @@ class GraphResult:
         linears: what became of each GEMM of a quantized weight.
         unfused: those that are left to the emulation, all or in part, with the reason.
         left: quantizes, dequantizes and casts to or from 8 bits that stay in the graph, with the reason.
+        ms: what all of it took; besides the passes, Inductor's removal of no-ops, that of dead code, and the reasons.
     """
 
     passes: tuple[PassResult, ...]
     linears: tuple[LinearResult, ...]
     unfused: tuple[Refusal, ...]
     left: tuple[Refusal, ...]
+    ms: float
 
     def matches(self, rule: str) -> int:
         """How often a rule was applied."""
@@ -77,19 +79,21 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     Raises:
         NotFusedError: ``options.strict`` and a quantized Linear was left to the emulation.
     """
+    start = time.perf_counter()
     remove_noop_ops(graph)  # the form in which the patterns were traced
     passes = [_timed("hoist_views", hoist_views, graph), _timed("cse", cse, graph)]
     history = History()
     for rule in registered_rules():
         with dynamo_timed(f"quark.{rule.name}", log_pt2_compile_event=True):
             passes.append(rule.apply(graph, history))
-    start = time.perf_counter()
+    selecting = time.perf_counter()
     linears = select_providers(graph, history.replaced, options.provider)
-    passes.append(PassResult("select_providers", len(linears), (), (time.perf_counter() - start) * 1e3))
+    passes.append(PassResult("select_providers", len(linears), (), (time.perf_counter() - selecting) * 1e3))
     graph.eliminate_dead_code()
     graph.lint()
     all_linears, unfused, left = leftovers(graph, linears, history.refused)
-    result = GraphResult(tuple(passes), tuple(all_linears), tuple(unfused), tuple(left))
+    ms = (time.perf_counter() - start) * 1e3
+    result = GraphResult(tuple(passes), tuple(all_linears), tuple(unfused), tuple(left), ms)
     _report(result)
     if result.unfused and options.strict:
         lines = "".join(f"\n  {r.layer or '(unnamed layer)'}: {r.reason}" for r in result.unfused)

@@ -78,22 +78,23 @@ def select_providers(
     for first in list(graph.nodes):
         if not first.users or not is_fused(first) or first in results:
             continue
-        node, problem = first, problem_of(first)
+        node, problems = first, list[GemmProblem]()
         refusals: dict[str, list[str]] = {}
         provider = EMULATION
         while is_fused(node):
-            asked = problem_of(node)
-            selection = select(targets.current(value(node).device.type), asked, forced)
+            problems.append(problem_of(node))
+            selection = select(targets.current(value(node).device.type), problems[-1], forced)
             if selection.provider is not None:
-                provider, problem = selection.provider.name, asked
+                provider = selection.provider.name
                 break
             for refusal in selection.refusals:
-                refusals.setdefault(refusal, []).append(asked.op)
+                refusals.setdefault(refusal, []).append(problems[-1].op)
             if node not in replaced:
                 break  # made by somebody else: its lowering says that there is no kernel
             before, _ = replaced[node]
             node.replace_all_uses_with(before)
             node = before
+        problem = problems[0] if provider == EMULATION else problems[-1]
         results[node] = LinearResult(
             layer=layer_of(node),
             provider=provider,

@@ -9,7 +9,9 @@ Every op is functional, takes strings, ints and tensors, and has a schema, a fak
 Legend: M tokens, K input features, N output features. ``out_dtype`` is a torch dtype's bare name (``"bfloat16"``).
 """
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,63 +171,24 @@ def _fake_int4_unpack(packed: Tensor, format: str) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 8))
 
 
-def _product(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_format: str, dtype: torch.dtype) -> Tensor:
-    operands.check_weight(weight_format)
-    n, _ = operands.features(weight.shape, weight_scale.ndim, weight_format)
-    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+def _fake_of(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    signature = inspect.signature(gemm)
 
+    def fake(*args: object, **kwargs: object) -> Tensor:
+        named: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+        x, weight_format = named["x"], named["weight_format"]
+        operands.check_weight(weight_format)
+        if "x_format" in named:
+            operands.check_activation(named["x_format"], named.get("scale_rule"))
+        (*rows, k), group_size = x.shape, named.get("group_size", 0)
+        torch._check(
+            not group_size or k % group_size == 0,
+            lambda: f"{gemm.__name__}: K = {k} is not a multiple of {group_size}",
+        )
+        n, _ = operands.features(named["weight"].shape, named["weight_scale"].ndim, weight_format)
+        return x.new_empty((*rows, n), dtype=dtype_of(named["out_dtype"]) if "out_dtype" in named else x.dtype)
 
-def _fake_weight_only_gemm(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_scale_2: Tensor | None,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    weight_format: str,
-) -> Tensor:
-    return _product(x, weight, weight_scale, weight_format, x.dtype)
-
-
-def _fake_quantized_gemm(
-    x: Tensor,
-    x_scale: Tensor,
-    x_scale_2: Tensor | None,
-    x_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_scale_2: Tensor | None,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    x_format: str,
-    weight_format: str,
-    out_dtype: str,
-) -> Tensor:
-    operands.check_activation(x_format)
-    return _product(x, weight, weight_scale, weight_format, dtype_of(out_dtype))
-
-
-def _fake_prologue_gemm(
-    x: Tensor,
-    x_scale: Tensor | None,
-    x_scale_2: Tensor | None,
-    x_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_scale_2: Tensor | None,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    x_format: str,
-    scale_rule: str,
-    group_size: int,
-    weight_format: str,
-) -> Tensor:
-    operands.check_activation(x_format, scale_rule)
-    k = x.shape[-1]
-    torch._check(
-        not group_size or k % group_size == 0, lambda: f"prologue_gemm: K = {k} is not a multiple of {group_size}"
-    )
-    return _product(x, weight, weight_scale, weight_format, x.dtype)
+    return fake
 
 
 def _register(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
@@ -249,19 +212,19 @@ _register(
 _register("int4_unpack(Tensor packed, str format) -> Tensor", int4_unpack, _fake_int4_unpack)
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
 _register(
-    f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format) -> Tensor", weight_only_gemm, _fake_weight_only_gemm
+    f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format) -> Tensor", weight_only_gemm, _fake_of(weight_only_gemm)
 )
 _register(
     f"quantized_gemm(Tensor x, Tensor x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
     "str weight_format, str out_dtype) -> Tensor",
     quantized_gemm,
-    _fake_quantized_gemm,
+    _fake_of(quantized_gemm),
 )
 _register(
     f"prologue_gemm(Tensor x, Tensor? x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
     "str scale_rule, int group_size, str weight_format) -> Tensor",
     prologue_gemm,
-    _fake_prologue_gemm,
+    _fake_of(prologue_gemm),
 )
 
 

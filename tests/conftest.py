@@ -6,9 +6,10 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,33 @@ def fresh() -> Iterator[None]:
         yield
     torch._dynamo.reset()
     target.current.cache_clear()
+
+
+@pytest.fixture
+def materialized() -> Iterator[str]:
+    """A provider without prologues: what quantizes stays in the graph. On a GPU its kernel is a call."""
+    import torch
+    from torch._inductor.lowering import fallback_handler
+
+    from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
+    from quark_inductor.lowering.cpp import Cpp
+    from quark_inductor.lowering.target import Target
+
+    @register_provider
+    class Materialized(Provider):
+        name = "materialized"
+
+        def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+            return No("has no prologue") if problem.op == "prologue_gemm" else None
+
+        def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
+            if target.device_type == "cpu":
+                return Cpp().lower(target, problem, args)
+            op = getattr(torch.ops.quark_inductor, problem.op).default
+            return fallback_handler(op, add_to_fallback_set=False)(**args)
+
+    yield Materialized.name
+    unregister_provider(Materialized.name)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ never compiled, which takes seconds each.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import fallback_handler
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
 
 import quark_inductor as qi
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
-from quark_inductor.lowering.cpp import Cpp
-from quark_inductor.lowering.target import Target
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -135,27 +131,6 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Generated]:
 def activations(*shape: int) -> tuple[Tensor, Tensor]:
     x: Tensor = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     return x[0], x[1]
-
-
-@pytest.fixture
-def materialized() -> Iterator[str]:
-    """A provider without prologues; on a GPU its kernel is a call."""
-
-    @register_provider
-    class Materialized(Provider):
-        name = "materialized"
-
-        def can_run(self, target: Target, problem: GemmProblem) -> No | None:
-            return No("has no prologue") if problem.op == "prologue_gemm" else None
-
-        def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
-            if target.device_type == "cpu":
-                return Cpp().lower(target, problem, args)
-            op = getattr(torch.ops.quark_inductor, problem.op).default
-            return fallback_handler(op, add_to_fallback_set=False)(**args)
-
-    yield Materialized.name
-    unregister_provider(Materialized.name)
 
 
 CPU_SCHEMES = ("fp8", "ptpc_fp8", "ptpc_int8", "mxfp4")

@@ -21,6 +21,10 @@
 
 namespace quark {
 
+// Round to the precision of T, as torch does after every operation on a T.
+template <typename T>
+inline float rounded(float v) { return float(T(v)); }
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -79,7 +83,7 @@ inline __m512 load16(const at::Half* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(n < 16 ? (1u << n) - 1 : 0xffffu, p));
 }
 
-// Round to the precision of T, as torch does after every operation on a T.
+// rounded() of 16.
 template <typename T>
 inline __m512 rounded_to(__m512 v);
 template <>

@@ -17,9 +17,6 @@ inline constexpr int64_t row_bytes(int64_t k) { return (16 + round_up(k, CHUNK))
 
 inline void zero_row(uint8_t* row, int64_t k) { std::memset(row, 0, row_bytes(k)); }
 
-template <typename T>
-inline float rounded(float v) { return float(T(v)); }
-
 // amax / 448 in the precision of T; NaN and infinity pass through.
 template <typename T>
 inline float dynamic_scale(const T* x, int64_t k) {

@@ -18,9 +18,6 @@ inline constexpr int64_t padded(int64_t k) { return round_up(k, LANES); }
 inline constexpr int64_t row_bytes(int64_t k) { return padded(k) * 4; }
 inline void zero_row(uint8_t* row, int64_t k) { std::memset(row, 0, row_bytes(k)); }
 
-template <typename T>
-inline float rounded(float v) { return float(T(v)); }
-
 // 16 at a time, written out: Inductor compiles with the loop vectorizer turned off.
 template <typename T>
 inline void round_all(vec& v) {
@@ -426,6 +423,7 @@ inline void columns(const float* rows, int64_t m_rows, const float* weight, int6
 
 // How many weight rows are decoded before they are multiplied: each activation row is then read once for all of them.
 constexpr int AT_ONCE = 4;
+inline constexpr int64_t weight_bytes(int64_t k) { return AT_ONCE * row_bytes(k); }
 
 // out[m * ld + n] for prepared rows and `channels` output channels from n_start on; decode(n, weight row).
 template <typename Decode>

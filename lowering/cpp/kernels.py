@@ -43,7 +43,7 @@ class Kernel:
         prepare: a statement: row ``m`` of the activation into ``row``.
         tile: a statement: ``MT`` rows at ``prepared`` times channels ``n_start`` to ``n_end`` into ``tile``.
         rows: the largest ``MT``.
-        scratch: floats a thread needs for the tile.
+        scratch: bytes a thread needs for the tile, in C++; ``""``: none.
         experts: what lies between the weights of two experts, in elements, by the name of the tensor.
     """
 
@@ -51,7 +51,7 @@ class Kernel:
     prepare: str
     tile: str
     rows: int
-    scratch: int = 0
+    scratch: str = ""
     experts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -120,8 +120,9 @@ def kernel_for(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str |
         "quark::generic::tile(prepared, m_end - m_start, K, n_start, n_end - n_start, decoded, tile, NT, "
         f"[&](int64_t n, float* w) {{ {_decode_weight(problem, inputs)}; }})"
     )
-    scratch = 4 * -(-problem.k // 16) * 16  # generic.h decodes AT_ONCE rows
-    return Kernel(family, _prepare(problem, inputs), tile, rows=64, scratch=scratch, experts=_experts(problem))
+    return Kernel(
+        family, _prepare(problem, inputs), tile, rows=64, scratch="weight_bytes(K)", experts=_experts(problem)
+    )
 
 
 def _experts(problem: GemmProblem) -> dict[str, int]:

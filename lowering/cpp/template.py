@@ -59,7 +59,7 @@ extern "C" {{export}}
   #pragma omp parallel num_threads({{num_threads}})
   {
 {%- if chosen.scratch %}
-  const auto weight_row = quark::scratch({{chosen.scratch}} * 4);
+  const auto weight_row = quark::scratch({{chosen.scratch}});
   float* const decoded = reinterpret_cast<float*>(weight_row.get());
 {%- endif %}
 {%- if chosen.experts %}

@@ -1,7 +1,7 @@
 """Compile up to the kernels: the graph that the passes leave is interpreted, so a case takes a tenth of a second."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
 from quark_inductor import testing
-from quark_inductor.patterns import _inductor, base
+from quark_inductor.patterns import _inductor, base, matcher
 from quark_inductor.patterns.pipeline import GraphResult
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import QuarkLinear, scheme_for, set_parameters
@@ -49,6 +49,33 @@ STATIC = {"input_scale": 0.0078, "input_scale_2": 0.0015, "input_zero_point": 0}
 @pytest.fixture(autouse=True)
 def every_test_is_fresh(fresh: None) -> None:
     """See the conftest above this one."""
+
+
+@pytest.fixture(autouse=True)
+def both_matchers_agree() -> Iterator[None]:
+    """Wherever a pattern is tried in a test of this folder, Inductor's own matcher says the same."""
+    patterns: dict[int, Any] = {}
+    traced = base.Rule._traced
+
+    def remember(rule: base.Rule, index: int) -> base.Traced:
+        result = traced(rule, index)
+        patterns[id(result.calls)] = result.pattern
+        return result
+
+    def match(calls: matcher.Calls, end: torch.fx.Node) -> Any:
+        ours, reference = matcher.match(calls, end), _inductor.attempt(patterns[id(calls)], end)
+        if ours is None:
+            assert not isinstance(reference, _inductor.Match)
+            return None
+        assert isinstance(reference, _inductor.Match)
+        assert ours[0] == reference.kwargs
+        assert set(ours[1]) == set(reference.nodes)
+        return ours
+
+    with pytest.MonkeyPatch.context() as patch:  # its own: a test's is undone before this one
+        patch.setattr(base.Rule, "_traced", remember)
+        patch.setattr(base, "match", match)
+        yield
 
 
 @pytest.fixture

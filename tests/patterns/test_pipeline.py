@@ -205,7 +205,7 @@ def test_every_graph_leaves_a_result(linear: Callable[..., QuarkLinear], rewrite
 
 def test_matches_are_summed() -> None:
     passes = (PassResult("a", 2, (), 0.1), PassResult("b", 5, (), 0.1), PassResult("a", 1, (), 0.1))
-    assert GraphResult(passes, (), (), ()).matches("a") == 3
+    assert GraphResult(passes, (), (), (), 0.0).matches("a") == 3
 
 
 # --- training

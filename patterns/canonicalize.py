@@ -1,5 +1,6 @@
 """Bring a graph into the form the rules are written for. Keeps its meaning; safe on any graph."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ _ROW_PRESERVING = frozenset(
     }
 )
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
+_BY_ROWS = _ROW_PRESERVING | _REDUCTIONS | {aten.squeeze.dim, aten.unsqueeze.default}
+# What makes a shape that it is told, and where it is told.
+_SIZES = {aten.full.default: 0, aten.reshape.default: 1, aten.view.default: 1}
 
 
 def hoist_views(graph: Graph) -> int:
@@ -65,50 +69,100 @@ def _is_dequantized(node: Any) -> bool:
     return False
 
 
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many trailing dimensions two shapes have in common; one of each at least is not."""
+    count = 0
+    while (
+        count < min(len(a), len(b)) - 1
+        and isinstance(a[-1 - count], int)
+        and statically_known_true(a[-1 - count] == b[-1 - count])
+    ):
+        count += 1
+    return count
+
+
 def _hoist(graph: Graph, view: Node) -> Node | None:
-    if view._erased or view.target not in VIEWS or not value(view).ndim:
+    """``reshape(f(a))`` as ``f(reshape(a))``, if the view keeps trailing dimensions and ``f`` works row by row."""
+    if view._erased or view.target not in VIEWS:
         return None
     source = view.args[0]
     assert isinstance(source, Node)
-    last, rows = value(view).shape[-1], value(view).shape[:-1]
-    reduction = source.target in _REDUCTIONS and source.args[1:] == ([-1], True)
-    if source.op != "call_function" or not (reduction or source.target in _ROW_PRESERVING):
+    if source.op != "call_function" or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
-    before = value(source)
-    if not before.ndim or not isinstance(last, int) or not statically_known_true(before.shape[-1] == last):
+    before, after = value(source).shape, value(view).shape
+    kept = _common(before, after)
+    leading, rows = before[: len(before) - kept], after[: len(after) - kept]
+    sizes = view.args[1]
+    assert isinstance(sizes, list | tuple)
+    if not kept or not _works_by_rows(source, leading, before[-kept:]) or _of_one_group(source, leading, rows):
         return None
-    own = source.target is torch.ops.quark_inductor.block_dequantize.default
 
-    def movable(arg: Any) -> bool:
-        if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor) or value(arg).ndim == 0:
-            return True
-        # A view there and back is one of groups, of which there is one: what quantizes by groups expects it.
-        back = arg.args[0] if arg.target in VIEWS else None
-        if isinstance(back, Node) and same_shape(value(back).shape, [*rows, value(arg).shape[-1]]):
-            return False
-        same_rows = same_shape(value(arg).shape[:-1], before.shape[:-1])
-        width = value(arg).shape[-1]
-        return same_rows and (own or reduction or any(statically_known_true(width == w) for w in (last, 1)))
-
-    if not all(movable(a) for a in source.args):
-        return None
-    shape = view.args[1]
-    assert isinstance(shape, list | tuple)
+    def shaped(val: torch.Tensor) -> tuple[list[Any], list[Any]]:
+        """The shape with the new leading dimensions: of the fake tensor, and as arguments in the graph."""
+        tail = list(val.shape[len(leading) :])
+        return [*rows, *tail], [*sizes[: len(rows)], *tail]
 
     def reshaped(arg: Any) -> Any:
         if not isinstance(arg, Node) or not isinstance(arg.meta.get("val"), torch.Tensor) or not value(arg).ndim:
             return arg
-        wanted = [*rows, value(arg).shape[-1]]
-        flat = graph.call_function(aten.reshape.default, (arg, [*shape[:-1], wanted[-1]]))
+        wanted, arguments = shaped(value(arg))
+        flat = graph.call_function(aten.reshape.default, (arg, arguments))
         flat.meta = {**arg.meta, "val": value(arg).reshape(wanted)}
         return flat
 
     with graph.inserting_before(view):
+        args = [reshaped(a) for a in source.args]
+        if (place := _SIZES.get(source.target)) is not None:
+            args[place] = shaped(value(source))[1]
         assert callable(source.target)
-        new = graph.call_function(source.target, tuple(reshaped(a) for a in source.args), source.kwargs)
+        new = graph.call_function(source.target, tuple(args), source.kwargs)
     new.meta = {**source.meta, "val": value(view)}
     view.replace_all_uses_with(new)
     graph.erase_node(view)
     if not source.users:
         graph.erase_node(source)
     return new
+
+
+def _works_by_rows(source: Node, leading: Sequence[Any], tail: Sequence[Any]) -> bool:
+    """Whether a call computes ``[*leading, *tail]`` row by row, from tensors ``[*leading, ...]``."""
+    target, tensors = source.target, [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if target in _ROW_PRESERVING:
+        own = target is torch.ops.quark_inductor.block_dequantize.default
+
+        def fits(arg: Node) -> bool:
+            width = value(arg).shape[len(leading) :]
+            return own or all(
+                any(statically_known_true(w == size) for size in (t, 1)) for w, t in zip(width, tail, strict=True)
+            )
+
+        if not all(len(value(t).shape) in (0, len(leading) + len(tail)) for t in tensors):
+            return False
+        tensors = [t for t in tensors if value(t).ndim]
+        if not all(map(fits, tensors)):
+            return False
+    elif target in _REDUCTIONS:
+        if source.args[1:] not in (([-1],), ([-1], True)):
+            return False
+    elif target in (aten.squeeze.dim, aten.unsqueeze.default):
+        if source.args[1] != -1:
+            return False
+    elif target not in _SIZES:
+        return False
+    return all(same_shape(value(t).shape[: len(leading)], leading) and value(t).ndim > len(leading) for t in tensors)
+
+
+def _of_one_group(source: Node, leading: Sequence[Any], rows: Sequence[Any]) -> bool:
+    """Whether what was ``[*rows, K]`` became ``[*rows, 1, K]``: one group, as what quantizes by groups expects it."""
+    if not same_shape(leading, [*rows, 1]):
+        return False
+    todo, seen = [source], set[Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen or not (node.target in VIEWS or node.target in _BY_ROWS):
+            continue
+        seen.add(node)
+        if node.target in VIEWS and same_shape(value(node.all_input_nodes[0]).shape[:-1], rows):
+            return True
+        todo += node.all_input_nodes
+    return False

@@ -77,13 +77,9 @@ def test_every_linear_is_fused(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_products_in_plain_torch(
-    rewrite: Callable[..., Any], specs: Any, spec_name: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
+def test_products_in_plain_torch(rewrite: Callable[..., Any], specs: Any, spec_name: str, dtype: torch.dtype) -> None:
     """``x @ w.t()``, ``x @ w.t() + b``, and ``F.linear`` of three dimensions."""
     spec = specs.SPECS[spec_name]
-    if spec_name in ("fp8_block128", "int4_wa_64"):
-        request.applymarker(pytest.mark.xfail(reason="no view moves above a quantize by groups of a 3-D input"))
     if spec.weight is None:
         pytest.skip("a float Linear")
     model = PlainTorch(specs.quantized, spec, dtype)
@@ -91,3 +87,23 @@ def test_products_in_plain_torch(
     done = rewrite(model, *args)
     assert_all_fused(done, len(ROWS) * len(model.linears))
     assert len(done.output) == len(ROWS) * len(model.linears)
+
+
+@pytest.mark.parametrize("form", [EveryForm, PlainTorch])
+@pytest.mark.parametrize(("name", "group"), [("fp8_block128", 128), ("int4_wa_64", 64)])
+def test_one_group(
+    rewrite: Callable[..., Any],
+    specs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    group: int,
+    form: type[EveryForm],
+) -> None:
+    """A row that is one group; and one row, as of a token that is decoded, whose view is like that of one group."""
+    monkeypatch.setattr(specs, "K", group)
+    model = form(specs.quantized, specs.SPECS[name], torch.bfloat16)
+    args = [*inputs(group, torch.bfloat16), torch.randn(2, 1, group).bfloat16(), torch.randn(1, 1, group).bfloat16()]
+    done = rewrite(model, *args)
+    assert_all_fused(done, len(args) * len(model.linears))
+    for got, expected in zip(done.output, model(*args), strict=True):
+        assert torch.equal(got, expected)

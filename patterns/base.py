@@ -138,7 +138,7 @@ class Traced:
     """
 
     pattern: CallFunction
-    calls: Calls
+    calls: Calls | CallFunction
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
     facts: Mapping[str, Any]

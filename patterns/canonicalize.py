@@ -1,6 +1,6 @@
 """Bring a graph into the form the rules are written for. Keeps its meaning; safe on any graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ _ROW_PRESERVING = frozenset(
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 _BY_ROWS = _ROW_PRESERVING | _REDUCTIONS | {aten.squeeze.dim, aten.unsqueeze.default}
 # What makes a shape that it is told, and where it is told.
-_SIZES = {aten.full.default: 0, aten.reshape.default: 1, aten.view.default: 1}
+_SIZES: Mapping[Any, int] = {aten.full.default: 0, aten.reshape.default: 1, aten.view.default: 1}
 
 
 def hoist_views(graph: Graph) -> int:

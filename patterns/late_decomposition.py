@@ -63,12 +63,13 @@ def _trace(node: Node) -> GraphModule:
 def _replace(node: Node, plain: Graph) -> None:
     tensors = [a for a in node.args if isinstance(a, Node)]
     copies: dict[Node, Node] = dict(zip(plain.find_nodes(op="placeholder"), tensors, strict=True))
-    inside = {name: value for name, value in node.meta.items() if name not in ("val", "tensor_meta")}
+    # Which module and line it comes from; what is about its own arguments and result stays with it.
+    about = {name: v for name, v in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
     with node.graph.inserting_before(node):
         result: Any = node.graph.graph_copy(plain, copies)
     for inner, copy in copies.items():
         if inner.op == "call_function":
-            copy.meta.update(inside)
+            copy.meta.update(about)
     if isinstance(result, Node):
         node.replace_all_uses_with(result)
     else:

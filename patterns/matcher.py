@@ -4,13 +4,13 @@ A model has hundreds of Linears, each is tried by dozens of patterns, and all bu
 (:func:`quark_inductor.patterns._inductor.attempt`) is the reference: what matches here matches there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from quark_inductor.patterns._inductor import CallFunction, Ignored, KeywordArg, PatternExpr, Sizes
+from quark_inductor.patterns._inductor import CallFunction, Ignored, KeywordArg, Match, PatternExpr, Sizes, attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,11 @@ class Calls:
     repeated: tuple[tuple[int, int, int], ...]
 
 
-def calls_of(pattern: CallFunction) -> Calls:
-    """The calls of a pattern that :func:`quark_inductor.patterns._inductor.traced_pattern` made."""
+def calls_of(pattern: CallFunction) -> Calls | CallFunction:
+    """The calls of a pattern that :func:`quark_inductor.patterns._inductor.traced_pattern` made.
+
+    It is returned as it is if it has a list of tensors or a named one: Inductor's matcher knows those.
+    """
     calls: list[Call] = []
     repeated: list[tuple[int, int, int]] = []
     index: dict[int, int] = {}
@@ -62,6 +65,8 @@ def calls_of(pattern: CallFunction) -> Calls:
             repeated.append((parent, place, index[id(expr)]))
             continue
         index[id(expr)] = len(calls)
+        if any(isinstance(part, PatternExpr) for part in _in_lists(expr)):
+            return pattern
         args = list(enumerate(expr.args))
         waiting += [(len(calls), i, a) for i, a in args if isinstance(a, CallFunction)]
         calls.append(
@@ -79,8 +84,22 @@ def calls_of(pattern: CallFunction) -> Calls:
     return Calls(tuple(calls), tuple(repeated))
 
 
-def match(pattern: Calls, end: Node) -> tuple[dict[str, Any], tuple[Node, ...]] | None:
+def _in_lists(expr: CallFunction) -> Iterator[Any]:
+    """What is in lists and under names among a call's arguments, but for what may be anything."""
+    for argument in expr.args:
+        if isinstance(argument, list | tuple):
+            yield from argument
+    for argument in expr.kwargs.values():
+        for part in argument if isinstance(argument, list | tuple) else [argument]:
+            if not isinstance(part, Ignored):
+                yield part
+
+
+def match(pattern: Calls | CallFunction, end: Node) -> tuple[dict[str, Any], tuple[Node, ...]] | None:
     """What a pattern captured and the nodes of its calls, if the graph that ends in a node is one; else ``None``."""
+    if isinstance(pattern, CallFunction):
+        found = attempt(pattern, end)
+        return (dict(found.kwargs), tuple(found.nodes)) if isinstance(found, Match) else None
     nodes: list[Node] = []
     named: dict[str, Any] = {}
     for call in pattern.calls:

@@ -71,3 +71,19 @@ def test_a_call_read_twice_is_one() -> None:
         (node,) = gm.graph.output_node().all_input_nodes
         assert (match(calls_of(pattern), node) is not None) == expected
         assert isinstance(attempt(pattern, node), Match) == expected
+
+
+def test_a_list_of_tensors_is_left_to_the_other_matcher() -> None:
+    def joined(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([x.exp(), y]).sin()
+
+    pattern, _ = traced_pattern(joined, {"x": torch.ones(2), "y": torch.ones(2)})
+    assert calls_of(pattern) is pattern
+    for fn, expected in ((joined, True), (lambda x, y: torch.cat([x, y]).sin(), False)):
+        gm = fwd_only(fn, [torch.ones(2), torch.ones(2)])
+        (node,) = gm.graph.output_node().all_input_nodes
+        found = match(calls_of(pattern), node)
+        assert (found is not None) == expected
+        if found is not None:
+            assert found[0] == dict(zip("xy", gm.graph.find_nodes(op="placeholder"), strict=True))
+            assert len(found[1]) == 3

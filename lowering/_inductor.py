@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 # First: it and cpp_gemm_template import each other, and only this order works.
 import torch._inductor.lowering  # noqa: F401  isort: skip
 
 from torch._dynamo.utils import counters
 from torch._inductor import config, ir
+from torch._inductor.codegen import cpp
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import register_lowering, view
 from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
 from torch._inductor.utils import Placeholder, parallel_num_threads
@@ -25,6 +28,7 @@ __all__ = [
     "CppTemplateKernel",
     "Placeholder",
     "V",
+    "check_all_epilogues",
     "config",
     "counters",
     "gen_2d_view_of_epilogue_buf",
@@ -62,6 +66,44 @@ def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: 
     """The IR node of the best choice."""
     result = autotune_select_algorithm(name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result  # torch 2.11 gives the node, 2.12 a (node, choice)
+
+
+def check_all_epilogues() -> None:
+    """The graph that is being lowered is scheduled with a check of all epilogues of a C++ template.
+
+    A template writes its tile where the last epilogue's result is, as if that had the template's own order. So each
+    epilogue must write where it reads. Inductor (torch 2.11 to 2.13; pytorch pull request 135661) only asks that of
+    those that read the template's buffer: of ``gelu(transpose(silu(gemm)))`` the second, which reads the first, is
+    fused too, and its numbers land in the wrong places.
+    """
+    graph: Any = V.graph
+    if "_update_scheduler" in vars(graph):
+        return  # done for another GEMM of it
+    schedule = graph._update_scheduler
+
+    def checked() -> None:
+        with patch.object(cpp, "template_fusion_with_epilogues_supported", _supported):
+            schedule()
+
+    graph._update_scheduler = checked
+
+
+_inductors_check = cpp.template_fusion_with_epilogues_supported
+
+
+def _supported(template: Any, epilogues: list[Any]) -> tuple[bool, bool]:
+    """Whether epilogues may be fused, and all read and write alike: as Inductor's function of the longer name."""
+    nodes = [node.node for epilogue in epilogues for node in epilogue.get_nodes() if node.node is not None]
+    written = {buffer.get_name() for node in (template, *epilogues) for buffer in node.get_outputs()}
+    for node in nodes:
+        accesses = node.get_read_writes()
+        read = [dep for dep in accesses.reads if dep.name in written]
+        if not all(isinstance(dep, MemoryDep) for dep in read):
+            return False, False
+        if any(dep.index != write.index for dep in read for write in accesses.writes):
+            return False, False
+    supported: tuple[bool, bool] = _inductors_check(template, epilogues)
+    return supported
 
 
 def static_size(expr: Any) -> int | None:

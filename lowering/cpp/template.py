@@ -19,6 +19,7 @@ from quark_inductor.lowering._inductor import (
     CppTemplateKernel,
     Placeholder,
     V,
+    check_all_epilogues,
     config,
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
@@ -237,6 +238,7 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     size = [inputs["x"].get_size()[0], problem.n]
     layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])
+    check_all_epilogues()
     choices: list[Any] = []
     CppQuarkGemm(target, problem, inputs, layout).maybe_append_choice(choices)
     result = select_choice(f"quark_{problem.op}", choices, list(inputs.values()), layout)

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.utils import run_and_get_code
 
+import quark_inductor as qi
 import quark_inductor.lowering.cpp
 from quark_inductor.lowering import target
 from quark_inductor.schemes import registry  # noqa: F401
@@ -114,6 +115,37 @@ def test_an_epilogue_is_part_of_the_kernel(isa: str) -> None:
     assert code.count("async_compile.cpp_pybinding(") == 1
     assert len(re.findall(r"quark::mxfp4::tile<", code)) == 1
     assert ("#define QUARK_AVX512" in code) == (isa == "avx512_vnni")
+
+
+@pytest.mark.parametrize("make", [mxfp4, fp8, uint4])
+@pytest.mark.parametrize("aot", [False, True])
+def test_an_epilogue_of_an_epilogue_that_is_turned(
+    compiled: Callable[..., Any], make: Callable[..., Any], aot: bool, tmp_path: Path
+) -> None:
+    """As attention turns its heads: what reads the first epilogue elsewhere than it writes is no epilogue."""
+    gemm, weight = make(None)
+
+    class Turned(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(gemm(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
+            heads = y.unflatten(-1, (4, -1)).transpose(-2, -3)
+            return F.gelu(heads).transpose(-2, -3).flatten(-2)
+
+    fn, x = Turned(), randn(2, 3, 8, K).bfloat16()
+    if aot:
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(fn, (x,)),
+            package_path=str(tmp_path / "turned.pt2"),
+            inductor_configs={**qi.aoti_configs(), "emulate_precision_casts": True},  # see test_two_users_of_the_result
+        )
+        y = torch._inductor.aoti_load_package(package)(x)
+    else:
+        y = compiled(fn, x, emulate_precision_casts=True)
+        assert counters["inductor"]["cpp_templated_kernel_counter"] == 1
+    # |silu'| < 1.1 and |gelu'| < 1.2. Three roundings to bfloat16 (2^-9) on each side, of no more than the sum.
+    bound = 1.1 * 1.2 * gemm_error(x.float(), weight)
+    bound += 1.1 * 1.2 * 6 * 2.0**-9 * gemm(x.flatten(0, -2)).float().abs().view(y.shape)
+    assert ((y - fn(x)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("make", [mxfp4, fp8, uint4])

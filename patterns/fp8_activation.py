@@ -17,6 +17,11 @@ def _values(x: Tensor, x_scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     return fp8.dequantize(x, x_scale, dtype)
 
 
+def _unpromoted(x: Tensor, x_scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    # Of no dimension, a float32 scale does not promote: the product is rounded once, as that of fp8.dequantize.
+    return x.to(dtype) * x_scale
+
+
 def _of_groups(x: Tensor, x_scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     return fp8.dequantize_groups(x, x_scale, dtype)
 
@@ -34,6 +39,9 @@ class Fp8Activation(ActivationRule):
             for search, shape in ((_of_groups, (M, 4)), (_values, ())):
                 example = {**x, "x_scale": torch.zeros(shape, dtype=scale_dtype)}
                 yield Variant(functools.partial(search, dtype=dtype), example, {"groups": bool(shape)}, dtype)
+        for dtype in (torch.bfloat16, torch.float16):
+            example = {**x, "x_scale": torch.zeros(())}
+            yield Variant(functools.partial(_unpromoted, dtype=dtype), example, {"groups": False}, dtype)
 
     def operands(self, found: Found) -> dict[str, Any] | str:
         """Codes in FP8, and a scale whose shape is one the op knows."""

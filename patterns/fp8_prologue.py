@@ -30,6 +30,13 @@ def _given(x: Tensor, x_scale: Tensor, *, format: str, **weight: Tensor) -> Tens
     return gemm_of(fp8.quantize(x, x_scale, FP8_FORMATS[format]), x_scale, None, None, format, x.dtype, **weight)
 
 
+def _given_unpromoted(x: Tensor, x_scale: Tensor, *, format: str, **weight: Tensor) -> Tensor:
+    # Of no dimension, a float32 scale does not promote: the quotient is rounded once, as that of fp8.quantize.
+    limit = fp8.max_value(FP8_FORMATS[format])
+    codes = (x / x_scale).clamp(-limit, limit).to(FP8_FORMATS[format])
+    return gemm_of(codes, x_scale, None, None, format, x.dtype, **weight)
+
+
 @register_rule
 class Fp8Prologue(PrologueRule):
     """A scale that is computed in a form not known here is given: only the quantize is in the prologue then."""
@@ -49,7 +56,10 @@ class Fp8Prologue(PrologueRule):
                     "x": torch.zeros(M, K, dtype=dtype),
                     "x_scale": torch.zeros((), dtype=scale_dtype),
                 }
-                yield Variant(functools.partial(_given, format=format), example, {"by": "given", "read": format}, dtype)
+                facts = {"by": "given", "read": format}
+                yield Variant(functools.partial(_given, format=format), example, facts, dtype)
+                if scale_dtype != dtype:
+                    yield Variant(functools.partial(_given_unpromoted, format=format), example, facts, dtype)
 
     def operands(self, found: Found) -> dict[str, Any] | str:
         """The scale is one the op knows."""

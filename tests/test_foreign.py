@@ -61,6 +61,9 @@ FUSED: Mapping[tuple[str, str], Outcome | tuple[Outcome, Outcome]] = {
     ("quark", "fp8_dynamic loaded"): whole(*FP8),
     ("quark", "fp8_wo loaded"): whole("fp8_weight"),
     ("quark", "ptpc_fp8 loaded"): gemm("fp8_weight"),
+    # Their activation is quantized and dequantized by one op of torch, which no rule looks into.
+    ("quark", "int8 loaded"): whole("integer_weight"),
+    ("quark", "int8_dynamic loaded"): whole("integer_weight"),
 }
 # No refusal: a GEMM that torch runs on codes, or a weight of which the graph has no codes.
 NO_QDQ = re.compile(r"the weight is stored in floating point|it is a quantized GEMM already: aten\.\w+")

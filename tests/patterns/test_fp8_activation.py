@@ -94,15 +94,16 @@ def test_any_rank(
     assert torch.equal(done.output, model(*args))
 
 
+@pytest.mark.parametrize("promoted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_a_float32_scale_of_a_tensor(
-    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], dtype: torch.dtype
+    rewrite: Callable[..., Any], linear: Callable[..., QuarkLinear], dtype: torch.dtype, promoted: bool
 ) -> None:
-    """The product is float32 then, and rounded once more."""
+    """The product is rounded once, whether somebody writes that it is float32 or not."""
 
     class InFloat32(OfCodes):
         def values(self, codes: Tensor, scale: Tensor) -> Tensor:
-            return (codes.float() * scale).to(self.dtype)
+            return (codes.float() * scale).to(self.dtype) if promoted else codes.to(self.dtype) * scale
 
     model, args = InFloat32(linear("fp8_weight_only", K, N, dtype=dtype)), activation(3)
     done = rewrite(model, *args)

@@ -131,6 +131,26 @@ def test_a_scale_of_amax_is_computed_in_the_prologue(rewrite: Callable[..., Any]
     assert done.arguments("prologue_gemm")["scale_rule"] == "amax"
 
 
+class GivenInFloat32(Quantizes):
+    """Of no dimension, a float32 scale leaves the dtype as it is."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.input_scale = nn.Buffer(torch.tensor(0.0123))
+
+    def scale(self, x: Tensor) -> Tensor:
+        return self.input_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_given_float32_scale(rewrite: Callable[..., Any], dtype: torch.dtype) -> None:
+    model, args = GivenInFloat32(dtype), (randn(3, K, dtype=dtype), randn(3, K, seed=2, dtype=dtype))
+    done = rewrite(model, *args)
+    assert done.fused() == {"prologue_gemm": 1}
+    assert done.arguments("prologue_gemm")["scale_rule"] == "given"
+    assert torch.equal(done.output, model(*args))
+
+
 class AmaxOfAnother(Quantizes):
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         scale = self.scale(other)

@@ -92,6 +92,33 @@ def test_zero_points_of_any_dtype(rewrite: Callable[..., Any], zero_point: torch
     assert torch.equal(done.output, model(x))
 
 
+class InInt32(IntegerLinear):
+    """As amd-quark's own Linears have it."""
+
+    def operand(self) -> Tensor:
+        assert self.zero_point is not None
+        difference = self.weight.to(torch.int32) - self.zero_point.to(torch.int32)
+        return (difference.to(torch.float32) * self.weight_scale).to(self.dtype)
+
+
+@pytest.mark.parametrize("format", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+def test_a_difference_in_int32(rewrite: Callable[..., Any], format: str, dtype: torch.dtype) -> None:
+    model, x = InInt32(SHAPES["per_tensor"], format=format, dtype=dtype), activation(3, dtype=dtype)
+    model.weight_scale = model.weight_scale.float()
+    done = rewrite(model, x)
+    assert done.fused() == {"weight_only_gemm": 1}
+    assert torch.equal(done.output, model(x))
+
+
+def test_a_difference_that_float32_would_round(rewrite: Callable[..., Any]) -> None:
+    model, x = InInt32(SHAPES["per_tensor"], zero_point=torch.int32), activation(3)
+    done = rewrite(model, x)
+    assert done.fused() == {}
+    (refusal,) = done.result.unfused
+    assert refusal.reason == "the weight's codes are torch.int32, expected 8 bits"
+
+
 def test_a_transposed_weight(rewrite: Callable[..., Any]) -> None:
     """Stored ``[K, N]``, as amd-quark has groups: a view of it is the weight."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
-from quark_inductor.schemes.operands import features, min_capability
+from quark_inductor.schemes.operands import features_of, min_capability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,7 @@ class GemmProblem:
             ``"per_group"``.
         scale_rule: how the prologue computes the activation's scale, ``"given"`` if it does not.
         group_size: elements along K that share a computed scale; 0: a row does.
+        layout: how the weight is packed, see :mod:`quark_inductor.schemes.layout`; ``""``: it is not.
     """
 
     op: str
@@ -44,6 +45,7 @@ class GemmProblem:
     x_granularity: str = ""
     scale_rule: str = ""
     group_size: int = 0
+    layout: str = ""
 
     def __str__(self) -> str:
         activation = " ".join(part for part in (self.x_format, self.scale_rule) if part) or self.dtype
@@ -61,10 +63,12 @@ def gemm_problem(
         shape: a tensor's shape, ``None`` for a size not known before run time.
         dtype: bare name of a tensor's dtype.
     """
-    scale, x_scale, weight_format = shape(args["weight_scale"]), args.get("x_scale"), args.get("weight_format", "")
+    x_scale, weight_format, layout = args.get("x_scale"), args.get("weight_format", ""), args.get("weight_layout", "")
+    # A packed weight's scales are in it, those of blocks.
+    scale_ndim = 2 if args["weight_scale"] is None else len(shape(args["weight_scale"]))
     weight = [int(size or 0) for size in shape(args["weight"])]
-    n, k = features(weight, len(scale), weight_format)
-    experts = weight[0] if len(weight) == 3 else 0
+    n, k = features_of(args, lambda tensor: [size or 0 for size in shape(tensor)])
+    experts = weight[0] if len(weight) == 3 and not layout else 0
     granularity = ""
     if x_scale is not None:
         sizes = shape(x_scale)
@@ -77,12 +81,13 @@ def gemm_problem(
         dtype=args.get("out_dtype") or dtype(args["x"]),
         weight_format=weight_format,
         # Of one expert: [E, N, 1] is that of channels.
-        weight_scale_ndim=max(0, len(scale) - bool(experts)),
+        weight_scale_ndim=max(0, scale_ndim - bool(experts)),
         experts=experts,
         x_format=args.get("x_format", ""),
         x_granularity=granularity,
         scale_rule=args.get("scale_rule", ""),
         group_size=args.get("group_size", 0),
+        layout=layout,
     )
 
 

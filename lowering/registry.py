@@ -1,4 +1,4 @@
-"""Imports every provider, in order of preference, and tells Inductor how each fused op is lowered."""
+"""Imports every provider and tells Inductor how each fused op is lowered."""
 
 import inspect
 from collections import Counter
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from quark_inductor.lowering import (
-    cpp,  # noqa: F401
-)
+from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering._inductor import counters, register_lowering, static_size
 from quark_inductor.lowering.base import gemm_problem, select
 from quark_inductor.lowering.target import current

@@ -3,9 +3,20 @@
 import functools
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from quark_inductor.schemes.errors import OptionError
+
+# Instruction sets that kernels are written for, each with all that follow; what it needs beyond the next one, as
+# torch.cpu.get_capabilities() spells it.
+ISA_LEVELS: Mapping[str, tuple[str, ...]] = {
+    "avx512_bf16": ("avx512_bf16", "avx512_vbmi"),
+    "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    "portable": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,33 +26,48 @@ class Target:
     Attributes:
         device_type: torch's name: ``"cpu"``, ``"cuda"``, ...
         arch: ``"x86_64"``, ``"aarch64"`` on CPU; ``"sm_90"``, ``"gfx942"`` on GPU.
-        isa: on CPU the instruction set kernels are written for: ``"avx512_vnni"`` or ``"portable"``; else ``""``.
+        isa: on CPU the best of :data:`ISA_LEVELS` it has; else ``""``.
     """
 
     device_type: str
     arch: str
     isa: str = ""
 
+    def has(self, isa: str) -> bool:
+        """Whether kernels written for an instruction set run here."""
+        return self.isa in ISA_LEVELS and list(ISA_LEVELS).index(self.isa) <= list(ISA_LEVELS).index(isa)
+
     def __str__(self) -> str:
         return " ".join(part for part in (self.device_type, self.arch, self.isa) if part)
-
-
-# What the avx512_vnni kernels use, as torch.cpu.get_capabilities() spells it.
-_AVX512_VNNI = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 
 
 @functools.cache
 def current(device_type: str = "cpu") -> Target:
     """The target of this process for a device type.
 
-    The environment variable ``QUARK_INDUCTOR_ISA=portable`` chooses the portable CPU kernels where faster ones exist.
+    The environment variable ``QUARK_INDUCTOR_ISA`` forces a lower one of :data:`ISA_LEVELS`.
+
+    Raises:
+        OptionError: it names none, or one that this CPU has not.
     """
     if device_type == "cpu":
-        can = torch.cpu.get_capabilities()
-        fast = all(can.get(feature) for feature in _AVX512_VNNI) and os.environ.get("QUARK_INDUCTOR_ISA") != "portable"
-        return Target(device_type="cpu", arch=platform.machine(), isa="avx512_vnni" if fast else "portable")
+        forced = os.environ.get("QUARK_INDUCTOR_ISA") or None
+        return Target(device_type="cpu", arch=platform.machine(), isa=_isa(forced))
     if device_type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         gcn = getattr(properties, "gcnArchName", "").partition(":")[0]
         return Target(device_type="cuda", arch=gcn or f"sm_{properties.major}{properties.minor}")
     return Target(device_type=device_type, arch="unknown")
+
+
+def _isa(forced: str | None) -> str:
+    can, found = torch.cpu.get_capabilities(), ["portable"]
+    for isa, needed in reversed(list(ISA_LEVELS.items())):
+        if not all(can.get(feature) for feature in needed):
+            break
+        found.append(isa)
+    if forced is None:
+        return found[-1]
+    if forced not in found:
+        raise OptionError(f"QUARK_INDUCTOR_ISA is {forced!r}; this CPU has {', '.join(dict.fromkeys(found))}")
+    return forced

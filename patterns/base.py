@@ -301,7 +301,8 @@ def layer_of(node: Node) -> str:
 def call(graph: Graph, op: torch._ops.OpOverload, named: Mapping[str, Any]) -> Node:
     """A call of an op, its arguments found by name, else ``None``."""
     # Positional, as tracing writes it: a later rule's pattern must find it so.
-    return graph.call_function(op, tuple(named.get(a.name) for a in op._schema.arguments))
+    values = [named.get(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
+    return graph.call_function(op, tuple(values))
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What no rule consumed becomes plain aten again, so that Inductor compiles the emulation like any other code."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.quark_inductor.block_quantize.default: block.quantize,
     torch.ops.quark_inductor.block_dequantize.default: _dequantize,
     torch.ops.quark_inductor.int4_unpack.default: int4.unpack,
+    torch.ops.quark_inductor.unpack_weight.default: ops.unpack_weight,
 }
 
 
@@ -41,7 +42,7 @@ def late_decomposition(graph: Graph) -> int:
         key = node.target, *map(_kind, node.args)
         if key not in traced:
             traced[key] = _trace(node)
-        _replace(node, traced[key].graph)
+        replace_by(node, traced[key].graph, [a for a in node.args if isinstance(a, Node)])
     return len(found)
 
 
@@ -60,8 +61,8 @@ def _trace(node: Node) -> GraphModule:
         return fwd_only(call, values)
 
 
-def _replace(node: Node, plain: Graph) -> None:
-    tensors = [a for a in node.args if isinstance(a, Node)]
+def replace_by(node: Node, plain: Graph, tensors: Sequence[Node]) -> None:
+    """Put a traced graph, called with these tensors, in the place of a node."""
     copies: dict[Node, Node] = dict(zip(plain.find_nodes(op="placeholder"), tensors, strict=True))
     # Which module and line it comes from; what is about its own arguments and result stays with it.
     about = {name: v for name, v in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}

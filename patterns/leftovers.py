@@ -32,6 +32,7 @@ _DEQUANTIZES = frozenset(
         aten.slice.Tensor,
         aten.permute.default,
         torch.ops.quark_inductor.block_dequantize.default,
+        torch.ops.quark_inductor.unpack_weight.default,
     }
 )
 # The places of what is multiplied, and by what. No rule knows the last, but it may read codes.
@@ -45,6 +46,8 @@ def is_left(node: Node) -> bool:
     """Whether a node quantizes or dequantizes: a block or unpack op of ours, or a cast from or to 8 bits."""
     if node.target is prims.convert_element_type.default:
         return is_byte(node) or is_byte(node.args[0])
+    if node.target is torch.ops.quark_inductor.unpack_weight.default:
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and not is_fused(node)
 
 

@@ -10,6 +10,7 @@ weights and M kinds of activations need N + M rules and not N * M::
 The leaves of the first two are the quantized tensors: the quantize stays outside and is shared by q, k and v.
 """
 
+import operator
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -115,8 +116,25 @@ class WeightRule(OperandRule):
     def rewrite(self, found: Found) -> Node:
         """One ``weight_only_gemm``."""
         x = found.node.args[GEMMS[found.node.target][0]]
-        named = {"x": x, "bias": _bias(found.node), **self.made_of(found)}
+        named = {"x": x, "bias": _bias(found.node), **_packed(self.made_of(found))}
         return call(found.node.graph, _ops.weight_only_gemm.default, named)
+
+
+def _packed(operands: dict[str, Any]) -> dict[str, Any]:
+    """The operands of a weight, read where they are packed if they are."""
+    weight, scale = operands["weight"], operands["weight_scale"]
+    transposed = weight.target is torch.ops.aten.permute.default
+    codes = weight.args[0] if transposed else weight
+    if codes.target is not operator.getitem or codes.args[0].target is not _ops.unpack_weight.default:
+        return operands
+    unpack = codes.args[0]
+    packed, layout, _, shape, _ = unpack.args
+    of_blocks = len(value(unpack)) > 1
+    if of_blocks and (scale.target is not operator.getitem or scale.args != (unpack, 1)):
+        return operands
+    rows, columns = reversed(shape) if transposed else shape
+    named = {"weight": packed, "weight_layout": layout, "weight_rows": rows, "weight_columns": columns}
+    return {**operands, **named, "weight_scale": None if of_blocks else scale}
 
 
 def _transposed_shape(found: Found) -> torch.Size:
@@ -210,6 +228,9 @@ def gemm_of(
         format,
         "fp8_e4m3",
         dtype_name(dtype),
+        "",
+        # Not their default, which tracing would leave out: a pattern has as many arguments as what it matches.
+        *weight.shape,
     )
     return result
 

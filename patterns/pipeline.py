@@ -23,6 +23,7 @@ from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, rem
 from quark_inductor.patterns.base import History, Options, PassResult, Refusal, registered_rules
 from quark_inductor.patterns.canonicalize import hoist_views
 from quark_inductor.patterns.cse import cse
+from quark_inductor.patterns.decode_attention import decode_attention
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.patterns.leftovers import leftovers
 from quark_inductor.patterns.selection import LinearResult, select_providers
@@ -81,7 +82,11 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     """
     start = time.perf_counter()
     remove_noop_ops(graph)  # the form in which the patterns were traced
-    passes = [_timed("hoist_views", hoist_views, graph), _timed("cse", cse, graph)]
+    passes = [
+        _timed("hoist_views", hoist_views, graph),
+        _timed("cse", cse, graph),
+        _timed("decode_attention", decode_attention, graph),
+    ]
     history = History()
     for rule in registered_rules():
         with dynamo_timed(f"quark.{rule.name}", log_pt2_compile_event=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor import checkpoint, files
+from quark_inductor.lowering import providers  # noqa: F401  their layouts
 from quark_inductor.lowering.target import current
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import AT_LOAD, PER_CALL, QuarkLinear, replace_module, scheme_for, set_parameters
@@ -145,9 +146,11 @@ def finish(model: nn.Module, emulation: str) -> None:
     for name, module in quantized.items():
         with naming(name):
             module.scheme.process_weights_after_loading(module)
-        module.scheme.adapt_to(module, current(module.weight.device.type).arch)
+        module.scheme.adapt_to(module, current(next(module.parameters()).device.type).arch)
         if emulation == AT_LOAD:
             module.dequantize_()
+        else:
+            module.pack_()
     if emulation == AT_LOAD:
         floats = sum(p.nbytes for m in quantized.values() for p in m.parameters())
         log.warning(

@@ -88,6 +88,7 @@ def _quantize(old: nn.Linear, new: QuarkLinear, seen: _Seen | None) -> None:
     set_parameters(new, **tensors)
     new.bias = old.bias
     scheme.process_weights_after_loading(new)
+    new.pack_()
 
 
 def _is_calibrated(linear: QuarkLinear) -> bool:

@@ -23,7 +23,7 @@ from quark_inductor.patterns._inductor import CustomGraphPass, graphs_not_cached
 from quark_inductor.patterns.base import Refusal
 from quark_inductor.patterns.pipeline import GraphResult, collect_results
 from quark_inductor.schemes.errors import QuarkInductorError
-from quark_inductor.schemes.ops import NAMESPACE, dtype_name
+from quark_inductor.schemes.ops import FUSED_OPS, NAMESPACE, dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Rewrite:
     def fused(self) -> dict[str, int]:
         """Calls of this package's ops in :attr:`after`, by bare name."""
         targets = [str(node.target).split(".") for node in self.after.nodes if node.op == "call_function"]
-        return dict(Counter(target[1] for target in targets if target[0] == NAMESPACE))
+        return dict(Counter(target[1] for target in targets if target[0] == NAMESPACE and target[1] in FUSED_OPS))
 
     @property
     def before_text(self) -> str:

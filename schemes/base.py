@@ -20,6 +20,7 @@ from quark_inductor.schemes.errors import (
     ShapeError,
     TrainingError,
 )
+from quark_inductor.schemes.layout import Layout, Stored, layout_for
 from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import LinearSpec, TensorSpec
 
@@ -92,6 +93,10 @@ class QuarkScheme(ABC):
             amax: ``[]``, the largest magnitude in all of them, for a format with a global scale.
         """
         return self.quantize_weight(weight)
+
+    def stored(self, layer: Any) -> Stored | None:
+        """How the parameters hold the weight's codes; ``None``: in a way that no layout packs."""
+        return None
 
     def adapt_to(self, layer: Any, arch: str) -> None:
         """Bring the loaded parameters into the form a GPU architecture (``"gfx942"``) wants. Changes no value."""
@@ -224,7 +229,8 @@ class QuarkLinear(nn.Module):
     """A Linear whose weight is quantized: ``y = x @ dequantize(weight).T + bias``.
 
     If its spec says so, its input is quantized too. Its parameters are the checkpoint's tensors (``weight``,
-    ``weight_scale``, ...) under the checkpoint's names.
+    ``weight_scale``, ...) under the checkpoint's names; once packed (:meth:`pack_`), one ``weight_packed`` takes the
+    place of the codes. Its state dict always is the checkpoint's.
 
     Attributes:
         in_features: K.
@@ -234,6 +240,7 @@ class QuarkLinear(nn.Module):
         merged: with :meth:`merge_`, the Linear that computes it together with others, and where its part begins.
         emulation: when its weight is dequantized: ``"per_call"`` or, after :meth:`dequantize_`, ``"at_load"``.
         params_dtype: dtype of bias, floating-point scales and result.
+        packed: the layout of its packed weight, and what was packed; ``None``: its parameters are the checkpoint's.
     """
 
     def __init__(
@@ -254,6 +261,7 @@ class QuarkLinear(nn.Module):
         self.params_dtype = dtype
         self.emulation = PER_CALL
         self.merged: tuple[QuarkLinear, int] | None = None
+        self.packed: tuple[Layout, Stored] | None = None
         with torch.device(device or torch.get_default_device()):
             scheme.create_weights(
                 self,
@@ -315,6 +323,18 @@ class QuarkLinear(nn.Module):
         Returns:
             ``None``, or why they stay as they are: nothing is merged that would change a number.
         """
+        packed, widths = linears[0].packed, [m.out_features for m in linears]
+        if packed is not None and any(width % packed[0].rows for width in widths[:-1]):
+            return f"{widths} output features are packed by {packed[0].rows}, which must divide them"
+        for m in linears:
+            m.unpack_()
+        reason = cls._merge(linears)
+        for m in linears:
+            m._share_packed() if packed is not None and reason is None else m.pack_()
+        return reason
+
+    @classmethod
+    def _merge(cls, linears: "Sequence[QuarkLinear]") -> str | None:
         first = linears[0]
         kinds = {(m.in_features, m.scheme.spec, m.params_dtype, m.bias is None, m.emulation) for m in linears}
         if len(kinds) != 1 or first.emulation != PER_CALL:
@@ -338,6 +358,55 @@ class QuarkLinear(nn.Module):
             m.merged = fused, begin
         return None
 
+    def pack_(self) -> None:
+        """Pack the weight as kernels of its device read it, if there is a layout for it; same bytes, same numbers."""
+        if self.packed is not None or self.merged is not None or self.emulation == AT_LOAD:
+            return
+        if self.scheme.spec.weight is None or (stored := self.scheme.stored(self)) is None:
+            return
+        tensors = [getattr(self, name).data for name in stored.names]
+        layout = layout_for(tensors[0].device.type, tensors, stored)
+        if layout is None:
+            return
+        packed = layout.pack(tensors, stored)
+        for name in stored.names:
+            delattr(self, name)
+        set_parameters(self, weight_packed=packed)
+        self.packed = layout, stored
+
+    def _share_packed(self) -> None:
+        """Of a merged Linear: its part of the packed weight of all."""
+        assert self.merged is not None
+        fused, begin = self.merged
+        stored = self.scheme.stored(self)
+        fused.pack_()
+        if fused.packed is None or stored is None:
+            return
+        layout = fused.packed[0]
+        part = fused.weight_packed.data.narrow(0, begin // layout.rows, -(-self.out_features // layout.rows))
+        for name in stored.names:
+            delattr(self, name)
+        set_parameters(self, weight_packed=part)
+        self.packed = layout, stored
+
+    def unpack_(self) -> None:
+        """The inverse of :meth:`pack_`."""
+        if self.packed is None:
+            return
+        tensors = self._unpacked()
+        del self.weight_packed
+        self.packed = None
+        set_parameters(self, **tensors)
+
+    def _unpacked(self) -> dict[str, Tensor]:
+        """What was packed, by name."""
+        assert self.packed is not None
+        layout, stored = self.packed
+        tensors = torch.ops.quark_inductor.unpack_weight(
+            self.weight_packed, layout.name, stored.format, stored.shape, stored.transposed
+        )
+        return dict(zip(stored.names, tensors, strict=True))
+
     def weight_names(self) -> list[str]:
         """Names of the parameters that hold the weight: codes, scales, zero points."""
         return [name for name, _ in self.named_parameters(recurse=False) if name.startswith("weight")]
@@ -349,6 +418,7 @@ class QuarkLinear(nn.Module):
         """
         if self.emulation == AT_LOAD or self.scheme.spec.weight is None:
             return
+        self.unpack_()
         weight = self.scheme.dequantize_weight(self, self.params_dtype)
         for name in self.weight_names():
             delattr(self, name)
@@ -375,7 +445,8 @@ class QuarkLinear(nn.Module):
             fused, begin = self.merged
             return fused(x).narrow(-1, begin, self.out_features)  # type: ignore[no-any-return]
         # 2-D first and a view last: then no view ever stands between a quantize and its GEMM.
-        y = self.scheme.apply_weights(self, x.reshape(-1, self.in_features), self.bias)
+        layer = self if self.packed is None else _Unpacked(self)
+        y = self.scheme.apply_weights(layer, x.reshape(-1, self.in_features), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -389,8 +460,48 @@ class QuarkLinear(nn.Module):
                 )
         # What moves is a copy of its own; the fused one stays where it was.
         self.merged = None
+        moves = fn(torch.empty(0, dtype=torch.uint8, device=self._device())).device.type != self._device().type
+        if moves:
+            self.unpack_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if moves:
+            self.pack_()
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """A copy, in the checkpoint's layout, of a parameter that is packed."""
+        packed = self.__dict__.get("packed")
+        if packed is not None and name in packed[1].names:
+            return self._unpacked()[name]
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses a parameter in the place of one that is packed: it would not be the one that computes.
+
+        Raises:
+            QuarkInductorError: call :meth:`unpack_` first.
+        """
+        packed = self.__dict__.get("packed")
+        if packed is not None and name in packed[1].names:
+            raise QuarkInductorError(f"{name} is packed as {packed[0].name}: call unpack_() before you set it")
+        super().register_parameter(name, param)
+
+    def _device(self) -> torch.device:
+        return next(self.parameters(recurse=False)).device
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.packed is not None:
+            del destination[f"{prefix}weight_packed"]
+            # A clone has no padding behind it, which whoever saves storages would find.
+            destination.update({f"{prefix}{name}": tensor.clone() for name, tensor in self._unpacked().items()})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        packed = self.packed is not None
+        self.unpack_()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if packed:
+            self.pack_()
 
     def extra_repr(self) -> str:
         """Sizes and spec, for ``print(model)``."""
@@ -399,6 +510,15 @@ class QuarkLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {bias=}, {self.scheme.spec}{emulation}"
         )
+
+
+class _Unpacked:
+    """What a scheme reads of a Linear whose weight is packed: its tensors as the checkpoint has them."""
+
+    def __init__(self, layer: QuarkLinear) -> None:
+        self.params_dtype, self.emulation = layer.params_dtype, layer.emulation
+        for name, tensor in (*layer._parameters.items(), *layer._buffers.items(), *layer._unpacked().items()):
+            setattr(self, name, tensor)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quark_inductor.schemes.base import QuarkScheme
 from quark_inductor.schemes.errors import ShapeError
+from quark_inductor.schemes.layout import Stored
 from quark_inductor.schemes.numerics import block
 from quark_inductor.schemes.ops import dtype_name
 
@@ -43,6 +44,10 @@ class BlockWeightScheme(QuarkScheme):
             layer.weight, layer.weight_scale, self.format, dtype_name(dtype), global_scale
         )
         return weight
+
+    def stored(self, layer: Any) -> Stored:
+        """Codes ``[N, packed(K)]``."""
+        return Stored(format=self.format, shape=tuple(layer.weight.shape))
 
     def quantize_blocks(
         self, weight: Tensor, scale_rule: str, global_scale: Tensor | None = None

@@ -18,8 +18,10 @@ the same, by groups            int32 ``[K, N/8]``        ``[K/G, N]``           
                                                                                        ``weight_zero_point [N/8]``
 =============================  ========================  ============================  =========================
 
-Weights in a block format, and FP8 ones with a scale ``[]``, ``[E, N]`` or ``[E, N, 1]``, may be those of E experts,
-``[E, N, ...]``: then the activation is ``[E, M, K]``, and so is what is said of it below.
+A packed weight is one uint8 tensor, which holds a block format's scales too; its layout and the shape of its codes are
+then given besides (:mod:`.layout`). Weights in a block format, and FP8 ones with a scale ``[]``, ``[E, N]`` or
+``[E, N, 1]``, may be those of E experts, ``[E, N, ...]``: then the activation is ``[E, M, K]``, and so is what is said
+of it below.
 
 4-bit integers are packed in the order "reorder"; a name with ``_order`` at its end says "order", see
 :data:`.numerics.int4.FORMATS`. The formats of an activation ``[M, K]`` are the block formats, those of FP8, and
@@ -32,7 +34,8 @@ How an activation's scales follow from its values, ``scale_rule``: of a block fo
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,9 +104,24 @@ def features(weight: Sequence[int], scale_ndim: int, format: str) -> tuple[int, 
     *_, rows, entries = weight
     if format in BLOCK_FORMATS:
         return rows, BLOCK_FORMATS[format].unpacked(entries)
-    if format in _INT4 and scale_ndim == 2:
+    if is_transposed(scale_ndim, format):
         return entries * 8, rows
     return rows, entries * 8 if format in (*_INT4, "int4_fp8") else entries
+
+
+def is_transposed(scale_ndim: int, format: str) -> bool:
+    """Whether a weight's codes are ``[K, N / 8]``: 4-bit integers by groups."""
+    return format in _INT4 and scale_ndim == 2
+
+
+def features_of(args: Mapping[str, Any], shape: Callable[[Any], Sequence[Any]]) -> tuple[int, int]:
+    """:func:`features` of the weight in a fused op's arguments by name; ``shape`` gives that of a tensor in them."""
+    scale = args["weight_scale"]
+    if args.get("weight_layout"):
+        codes = [args["weight_rows"], args["weight_columns"]]
+    else:
+        codes = list(shape(args["weight"]))
+    return features(codes, 2 if scale is None else len(shape(scale)), args.get("weight_format", ""))
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

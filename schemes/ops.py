@@ -1,7 +1,8 @@
 """The ops of namespace ``quark_inductor``: the only IR between the schemes, the rules and the lowerings.
 
-Block formats have a quantize and a dequantize op, packed 4-bit integers one that unpacks them; they stay one node each
-until the rules have run. FP8 and integers have none: their emulation is plain aten. The three fused ops are made by
+Block formats have a quantize and a dequantize op, packed 4-bit integers one that unpacks them, and so have weights that
+are packed for kernels (:mod:`.layout`); they stay one node each until the rules have run. FP8 and integers have none:
+their emulation is plain aten. The three fused ops are made by
 rules only, for every format of their operands (:mod:`.operands` says what a format means); their eager implementation
 is the emulation.
 
@@ -10,13 +11,13 @@ Legend: M tokens, K input features, N output features. ``out_dtype`` is a torch 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quark_inductor.schemes import operands
+from quark_inductor.schemes import layout, operands
 from quark_inductor.schemes.errors import TrainingError
 from quark_inductor.schemes.numerics import block, int4
 
@@ -66,19 +67,38 @@ def int4_unpack(packed: Tensor, format: str) -> Tensor:
     return int4.unpack(packed, format)
 
 
+def unpack_weight(
+    packed: Tensor, weight_layout: str, weight_format: str, weight_shape: Sequence[int], transposed: bool
+) -> list[Tensor]:
+    """What a packed weight was packed from: its codes, and a block format's scales. See :class:`.layout.Layout`."""
+    stored = layout.Stored(format=weight_format, shape=tuple(weight_shape), transposed=transposed)
+    return layout.named(weight_layout).unpack(packed, stored)
+
+
 def weight_only_gemm(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     weight_scale_2: Tensor | None,
     weight_zero_point: Tensor | None,
     bias: Tensor | None,
     weight_format: str,
+    weight_layout: str = "",
+    weight_rows: int = 0,
+    weight_columns: int = 0,
 ) -> Tensor:
     """``[M, N]``: the product of ``x [M, K]`` and a quantized weight, plus ``bias [N]``, in the dtype of ``x``.
 
-    This is how the emulation writes it: the weight dequantized to that dtype, then ``F.linear``.
+    This is how the emulation writes it: the weight dequantized to that dtype, then ``F.linear``. With a
+    ``weight_layout`` the weight is packed, the scales of its blocks with it; rows and columns are those of its codes.
     """
+    if weight_layout:
+        transposed = weight_scale is not None and operands.is_transposed(weight_scale.ndim, weight_format)
+        shape = weight_rows, weight_columns
+        weight, *scales = unpack_weight(weight, weight_layout, weight_format, shape, transposed)
+        weight_scale = scales[0] if scales else weight_scale
+    if weight_scale is None:
+        raise ValueError("a weight that is not packed has its scales beside it")
     values = operands.dequantize_weight(weight, weight_scale, weight_scale_2, weight_zero_point, weight_format, x.dtype)
     return operands.matmul(x, values, bias)
 
@@ -89,20 +109,34 @@ def quantized_gemm(
     x_scale_2: Tensor | None,
     x_zero_point: Tensor | None,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     weight_scale_2: Tensor | None,
     weight_zero_point: Tensor | None,
     bias: Tensor | None,
     x_format: str,
     weight_format: str,
     out_dtype: str,
+    weight_layout: str = "",
+    weight_rows: int = 0,
+    weight_columns: int = 0,
 ) -> Tensor:
     """``[M, N]``: the product of quantized operands, plus ``bias [N]``, in ``out_dtype``.
 
     This is how the emulation writes it: both operands dequantized to ``out_dtype``, then ``F.linear``.
     """
     values = operands.dequantize_activation(x, x_scale, x_scale_2, x_zero_point, x_format, dtype_of(out_dtype))
-    return weight_only_gemm(values, weight, weight_scale, weight_scale_2, weight_zero_point, bias, weight_format)
+    return weight_only_gemm(
+        values,
+        weight,
+        weight_scale,
+        weight_scale_2,
+        weight_zero_point,
+        bias,
+        weight_format,
+        weight_layout,
+        weight_rows,
+        weight_columns,
+    )
 
 
 def prologue_gemm(
@@ -111,7 +145,7 @@ def prologue_gemm(
     x_scale_2: Tensor | None,
     x_zero_point: Tensor | None,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     weight_scale_2: Tensor | None,
     weight_zero_point: Tensor | None,
     bias: Tensor | None,
@@ -119,6 +153,9 @@ def prologue_gemm(
     scale_rule: str,
     group_size: int,
     weight_format: str,
+    weight_layout: str = "",
+    weight_rows: int = 0,
+    weight_columns: int = 0,
 ) -> Tensor:
     """:func:`quantized_gemm` of a float activation ``[M, K]`` that the GEMM quantizes in its prologue.
 
@@ -141,6 +178,9 @@ def prologue_gemm(
         x_format,
         weight_format,
         dtype_name(x.dtype),
+        weight_layout,
+        weight_rows,
+        weight_columns,
     )
 
 
@@ -185,7 +225,7 @@ def _fake_of(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
             not group_size or k % group_size == 0,
             lambda: f"{gemm.__name__}: K = {k} is not a multiple of {group_size}",
         )
-        n, _ = operands.features(named["weight"].shape, named["weight_scale"].ndim, weight_format)
+        n, _ = operands.features_of(named, lambda tensor: tensor.shape)
         return x.new_empty((*rows, n), dtype=dtype_of(named["out_dtype"]) if "out_dtype" in named else x.dtype)
 
     return fake
@@ -210,19 +250,28 @@ _register(
     _fake_block_dequantize,
 )
 _register("int4_unpack(Tensor packed, str format) -> Tensor", int4_unpack, _fake_int4_unpack)
-_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
 _register(
-    f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format) -> Tensor", weight_only_gemm, _fake_of(weight_only_gemm)
+    "unpack_weight(Tensor packed, str weight_layout, str weight_format, int[] weight_shape, bool transposed) "
+    "-> Tensor[]",
+    unpack_weight,
+    unpack_weight,
+)
+_WEIGHT = "Tensor weight, Tensor? weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
+_PACKED = 'str weight_layout="", int weight_rows=0, int weight_columns=0'
+_register(
+    f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format, {_PACKED}) -> Tensor",
+    weight_only_gemm,
+    _fake_of(weight_only_gemm),
 )
 _register(
     f"quantized_gemm(Tensor x, Tensor x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
-    "str weight_format, str out_dtype) -> Tensor",
+    f"str weight_format, str out_dtype, {_PACKED}) -> Tensor",
     quantized_gemm,
     _fake_of(quantized_gemm),
 )
 _register(
     f"prologue_gemm(Tensor x, Tensor? x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
-    "str scale_rule, int group_size, str weight_format) -> Tensor",
+    f"str scale_rule, int group_size, str weight_format, {_PACKED}) -> Tensor",
     prologue_gemm,
     _fake_of(prologue_gemm),
 )

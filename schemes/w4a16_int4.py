@@ -9,6 +9,7 @@ from torch import Tensor
 from quark_inductor.schemes.activations import IntegerActivation
 from quark_inductor.schemes.base import QuarkScheme, register_scheme
 from quark_inductor.schemes.errors import ShapeError
+from quark_inductor.schemes.layout import Stored
 from quark_inductor.schemes.numerics import int4, integer
 from quark_inductor.schemes.spec import LinearSpec
 
@@ -59,6 +60,12 @@ class QuarkW4A16Int4(QuarkScheme):
             "weight_scale": torch.empty(per_scale, dtype=params_dtype),
             "weight_zero_point": torch.empty(zero_points, dtype=torch.int32),
         }
+
+    def stored(self, layer: Any) -> Stored:
+        """Codes ``[N, K/8]``, by groups ``[K, N/8]``."""
+        format = int4.format_of(self.weight.dtype, self.spec.pack_method)
+        by_groups = self.weight.group_size is not None
+        return Stored(format=format, shape=tuple(layer.weight.shape), transposed=by_groups)
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""

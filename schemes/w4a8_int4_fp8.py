@@ -9,6 +9,7 @@ from torch import Tensor
 from quark_inductor.schemes.activations import Fp8Activation
 from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
+from quark_inductor.schemes.layout import Stored
 from quark_inductor.schemes.numerics import fp8, int4, integer
 from quark_inductor.schemes.spec import LinearSpec
 
@@ -58,6 +59,12 @@ class QuarkW4A8_INT4_FP8(QuarkScheme):
         widths = torch.tensor(layer.logical_widths, device=largest.device)
         ratio = (layer.weight_scale / largest).repeat_interleave(widths)
         set_parameters(layer, weight_scale=largest, weight_scale_2=layer.weight_scale_2 * ratio)
+
+    def stored(self, layer: Any) -> Stored | None:
+        """Codes ``[N, K/8]``."""
+        if self.spec.pack_method != "reorder":
+            return None
+        return Stored(format="int4_fp8", shape=tuple(layer.weight.shape))
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``((code - zero_point) * weight_scale_2) * weight_scale`` in float32, then one cast."""

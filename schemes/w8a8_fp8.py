@@ -9,7 +9,9 @@ from torch import Tensor
 from quark_inductor.schemes.activations import Fp8Activation
 from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
+from quark_inductor.schemes.layout import Stored
 from quark_inductor.schemes.numerics import fp8
+from quark_inductor.schemes.operands import fp8_format
 from quark_inductor.schemes.spec import LinearSpec
 
 
@@ -84,6 +86,11 @@ class QuarkW8A8Fp8(QuarkScheme):
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``code * scale`` in float32, then one cast."""
         return fp8.dequantize_weight(layer.weight, layer.weight_scale, dtype, self.weight.block_size)
+
+    def stored(self, layer: Any) -> Stored | None:
+        """Codes ``[N, K]``."""
+        format = fp8_format(layer.weight.dtype)
+        return None if format is None else Stored(format=format, shape=tuple(layer.weight.shape))
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """``scale = amax / 448`` (E5M2: 57344) per tensor, row or block, codes rounded half to even.

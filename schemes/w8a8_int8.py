@@ -9,6 +9,7 @@ from torch import Tensor
 from quark_inductor.schemes.activations import IntegerActivation
 from quark_inductor.schemes.base import QuarkScheme, per_shard, register_scheme, set_parameters
 from quark_inductor.schemes.errors import ShapeError
+from quark_inductor.schemes.layout import Stored
 from quark_inductor.schemes.numerics import integer
 from quark_inductor.schemes.spec import LinearSpec
 
@@ -78,6 +79,11 @@ class QuarkW8A8Int8(QuarkScheme):
             layer.register_buffer(
                 "azp_adj", integers.double().sum(1, keepdim=True).t().to(torch.int32), persistent=False
             )
+
+    def stored(self, layer: Any) -> Stored:
+        """Codes ``[N, K]``, by groups ``[K, N]``."""
+        by_groups = self.weight.group_size is not None
+        return Stored(format=self.weight.dtype, shape=tuple(layer.weight.shape), transposed=by_groups)
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""

@@ -207,9 +207,12 @@ CHANGES: dict[str, Change] = {
         3.0,
         KERNELS,
     ),
-    # The sum of a tile, in both of its versions, doubled.
+    # The results doubled, in the kernel of either kind of CPU.
     "header": (
-        lambda tree: tree.replace("lowering/cpp/mxfp4.h", "out[m * ld + n] = ", "out[m * ld + n] = 2.0f * "),
+        lambda tree: (
+            tree.replace("lowering/cpp/vnni_mxfp4.h", "float(largest - 129)", "float(largest - 128)"),
+            tree.replace("lowering/cpp/portable.h", "w = (w - z) * s * second", "w = 2.0f * (w - z) * s * second"),
+        ),
         FUSED,
         2.0,
         KERNELS,

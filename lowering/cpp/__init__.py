@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.cpp import panel64  # noqa: F401
 from quark_inductor.lowering.cpp.kernels import refuse
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.ops import FUSED_OPS

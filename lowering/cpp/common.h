@@ -36,6 +36,19 @@ inline std::unique_ptr<uint8_t, Free> scratch(int64_t bytes) {
   return std::unique_ptr<uint8_t, Free>(static_cast<uint8_t*>(p));
 }
 
+// 64-byte aligned memory that the calling thread keeps from call to call, each SLOT its own; it only grows.
+template <int SLOT>
+inline uint8_t* kept_memory(int64_t bytes) {
+  thread_local std::unique_ptr<uint8_t, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    memory = scratch(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
 inline constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline float from_bits(uint32_t bits) {

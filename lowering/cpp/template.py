@@ -35,12 +35,9 @@ from quark_inductor.lowering.cpp.kernels import kernel_for
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.ops import dtype_of
 
-# Rows of the activation prepared at a time: bounds the scratch memory of a long prefill.
-_ROWS_AT_A_TIME = 512
-
 _SOURCE = r"""
 {{template.header().getvalue()}}
-{{"#define QUARK_AVX512" if isa == "avx512_vnni" else ""}}
+{{"#define QUARK_AVX512" if avx512 else ""}}
 {{headers}}
 extern "C" {{export}}
 {{kernel.def_kernel(inputs=inputs, outputs={"y": Y}, aliases=aliases)}}
@@ -52,16 +49,16 @@ extern "C" {{export}}
   constexpr int64_t N = {{N}}, K = {{K}}, MT = {{MT}}, NT = {{NT}};
   constexpr int64_t n_tiles = (N + NT - 1) / NT;
   const int64_t most = std::min<int64_t>(M, {{rows_at_a_time}});
-  const auto memory = quark::scratch(quark::round_up(most, MT) * row_bytes(K));
-  uint8_t* const rows = memory.get();
+  uint8_t* const rows = quark::kept_memory<0>({{chosen.rows_bytes}});
 {%- for name in chosen.experts %}
   const auto* const {{name}}_of_all = {{name}};
 {%- endfor %}
   #pragma omp parallel num_threads({{num_threads}})
   {
+{%- set _ = kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float) %}
+  float* const tile = reinterpret_cast<float*>(quark::kept_memory<1>(MT * NT * 4));
 {%- if chosen.scratch %}
-  const auto weight_row = quark::scratch({{chosen.scratch}});
-  float* const decoded = reinterpret_cast<float*>(weight_row.get());
+  uint8_t* const scratch = quark::kept_memory<2>({{chosen.scratch}});
 {%- endif %}
 {%- if chosen.experts %}
   for (int64_t expert = 0; expert < {{experts}}; expert++) {
@@ -74,23 +71,17 @@ extern "C" {{export}}
 {%- endif %}
   for (int64_t m_begin = m_first; m_begin < m_last; m_begin += {{rows_at_a_time}}) {
     const int64_t m_stop = std::min<int64_t>(m_last, m_begin + {{rows_at_a_time}});
-    const int64_t m_tiles = (m_stop - m_begin + MT - 1) / MT;
+    const int64_t count = m_stop - m_begin, m_tiles = (count + MT - 1) / MT;
     #pragma omp for schedule(static)
-    for (int64_t m = m_begin; m < m_begin + m_tiles * MT; m++) {
-      uint8_t* row = rows + (m - m_begin) * row_bytes(K);
-      if (m >= m_stop) {
-        zero_row(row, K);
-        continue;
-      }
+    for (int64_t i = 0; i < {{"m_tiles * MT" if chosen.pads else "count"}}; i++) {
+      const int64_t m = m_begin + i;
       {{chosen.prepare}};
     }
-    {{kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float)}}
     #pragma omp for collapse(2) schedule(static)
     for (int64_t n_tile = 0; n_tile < n_tiles; n_tile++)
       for (int64_t m_tile = 0; m_tile < m_tiles; m_tile++) {
         const int64_t m_start = m_begin + m_tile * MT, m_end = std::min<int64_t>(m_stop, m_start + MT);
         const int64_t n_start = n_tile * NT, n_end = std::min<int64_t>(N, n_start + NT);
-        const uint8_t* prepared = rows + m_tile * MT * row_bytes(K);
         {{chosen.tile}};
         {%- set tile_y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", "n_end")]) %}
         {%- set tile_sum = kernel.slice_nd(
@@ -114,8 +105,8 @@ def _template(source: str) -> Any:
 
 
 @functools.cache
-def _headers(namespace: str) -> str:
-    return "\n".join((Path(__file__).parent / f"{name}.h").read_text() for name in ("common", namespace))
+def _headers(names: tuple[str, ...]) -> str:
+    return "\n".join((Path(__file__).parent / f"{name}.h").read_text() for name in ("common", *names))
 
 
 class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
@@ -186,15 +177,16 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         dtype = DTYPE_TO_CPP[self.layout.dtype]
         # Products of FP4 values and powers of two are exact in every dtype; those of FP8 values and scales are not, and
         # whoever asks Inductor for the rounding of eager code gets it.
-        chosen = kernel_for(problem, self.inputs, dtype if config.emulate_precision_casts else None)
+        rounds_to = dtype if config.emulate_precision_casts else None
+        chosen = kernel_for(self.target, problem, self.inputs, rounds_to, self.num_threads)
         options: dict[str, Any] = {
             "kernel": kernel,
             "template": self,
             "torch": torch,
-            "isa": self.target.isa,
+            "avx512": self.target.has("avx512_vnni"),
             "T": dtype,
             "chosen": chosen,
-            "headers": _headers(chosen.namespace),
+            "headers": _headers(chosen.headers),
             "export": get_export_declaration(),
             "inputs": self.inputs,
             "aliases": {a: output.get_name() for a in aliases},
@@ -206,8 +198,8 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "N": problem.n,
             "K": problem.k,
             "MT": min(problem.m or chosen.rows, chosen.rows),
-            "NT": 32,
-            "rows_at_a_time": _ROWS_AT_A_TIME,
+            "NT": chosen.channels,
+            "rows_at_a_time": chosen.rows_at_a_time,
             "num_threads": self.num_threads,
             "experts": problem.experts,
         }
@@ -234,7 +226,8 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     if problem.experts:
         *_, k = tensors["x"].get_size()
         tensors["x"] = view(tensors["x"], [rows[0] * rows[1], k])
-    strided = ("weight", "weight_scale", "weight_zero_point") if problem.weight_format in ("int8", "uint8") else ()
+    integers = problem.weight_format in ("int8", "uint8")
+    strided = ("weight_scale", "weight_zero_point", *(() if problem.layout else ("weight",))) if integers else ()
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     size = [inputs["x"].get_size()[0], problem.n]
     layout = ir.FixedLayout(inputs["x"].get_device(), dtype_of(problem.dtype), size, [problem.n, 1])

@@ -203,7 +203,7 @@ class Note(CustomGraphPass):
         return self.name
 
 
-BEFORE = {"block_quantize", "block_dequantize"}
+BEFORE = {"block_quantize", "block_dequantize", "unpack_weight"}
 
 
 @pytest.mark.parametrize("through", ["options", "config"])

@@ -77,7 +77,7 @@ def test_only_what_is_quantized_and_alike() -> None:
 def test_no_byte_is_held_twice() -> None:
     model = attention("mxfp4")
     qi.merge_shared_input_(model)
-    weights = [m.weight for m in model.modules() if isinstance(m, QuarkLinear)]
+    weights = [m.weight_packed for m in model.modules() if isinstance(m, QuarkLinear)]
     assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
     assert weights[0].untyped_storage().nbytes() == sum(w.numel() for w in weights)
 

@@ -49,28 +49,29 @@ def test_the_graphs_are_golden() -> None:
         done.before_text,
         """\
 %0 = placeholder() : float32[3, 64]
-%1 = placeholder() : uint8[48, 32]
-%2 = placeholder() : uint8[48, 2]
-%3 = aten.view(%0, [-1, 64]) : float32[3, 64]
-%4 = quark_inductor.block_quantize(%3, 'mxfp4', 'even')
-%5 = getitem(%4, 0) : uint8[3, 32]
-%6 = getitem(%4, 1) : uint8[3, 2]
-%7 = quark_inductor.block_dequantize(%5, %6, 'mxfp4', 'float32') : float32[3, 64]
-%8 = quark_inductor.block_dequantize(%1, %2, 'mxfp4', 'float32') : float32[48, 64]
-%9 = aten.permute(%8, [1, 0]) : float32[64, 48]
-%10 = aten.mm(%7, %9) : float32[3, 48]
-%11 = aten.view(%10, [3, 48]) : float32[3, 48]
-return %11
+%1 = placeholder() : uint8[1, 2, 1088]
+%2 = quark_inductor.unpack_weight(%1, 'panel64', 'mxfp4', [48, 32], False)
+%3 = getitem(%2, 0) : uint8[48, 32]
+%4 = getitem(%2, 1) : uint8[48, 2]
+%5 = aten.view(%0, [-1, 64]) : float32[3, 64]
+%6 = quark_inductor.block_quantize(%5, 'mxfp4', 'even')
+%7 = getitem(%6, 0) : uint8[3, 32]
+%8 = getitem(%6, 1) : uint8[3, 2]
+%9 = quark_inductor.block_dequantize(%7, %8, 'mxfp4', 'float32') : float32[3, 64]
+%10 = quark_inductor.block_dequantize(%3, %4, 'mxfp4', 'float32') : float32[48, 64]
+%11 = aten.permute(%10, [1, 0]) : float32[64, 48]
+%12 = aten.mm(%9, %11) : float32[3, 48]
+%13 = aten.view(%12, [3, 48]) : float32[3, 48]
+return %13
 """,
     )
     assert_expected_inline(
         done.after_text,
         """\
 %0 = placeholder() : float32[3, 64]
-%1 = placeholder() : uint8[48, 32]
-%2 = placeholder() : uint8[48, 2]
-%3 = quark_inductor.prologue_gemm(%0, None, None, None, %1, %2, None, None, None, 'mxfp4', 'even', 0, 'mxfp4') : float32[3, 48]
-return %3
+%1 = placeholder() : uint8[1, 2, 1088]
+%2 = quark_inductor.prologue_gemm(%0, None, None, None, %1, None, None, None, None, 'mxfp4', 'even', 0, 'mxfp4', 'panel64', 48, 32) : float32[3, 48]
+return %2
 """,  # noqa: E501
     )
 

@@ -26,6 +26,7 @@ NAMES = [
     "int4_unpack",
     "prologue_gemm",
     "quantized_gemm",
+    "unpack_weight",
     "weight_only_gemm",
 ]
 FP8 = torch.float8_e4m3fn

@@ -1,0 +1,996 @@
+// Needs common.h and generic.h before it.
+// Any activation by any packed weight by the bfloat16 dot products of AVX-512. Weights are packed in panels of 64
+// output channels ("panel64": one sequential stream of tiles of 64 channels x 32 k, each [block scales][codes]).
+//
+// Both operands are exact in bfloat16: a weight's code, an activation's code or value. Scales multiply sums, in
+// float32; only block scales of prepared activations, and of weights decoded for many rows, are part of the values.
+//
+// Few rows stream the panel once, decoding it in registers (GEMV): memory is the limit. More rows decode a chunk of the
+// panel into scratch that stays in L1 and run microkernels on it (GEMM).
+#ifndef QUARK_BF16_H
+#define QUARK_BF16_H
+#if defined(QUARK_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+namespace quark::bf16 {
+
+constexpr int64_t TILE_K = 32, PANEL_CHANNELS = 64;
+constexpr int64_t CHUNK_K = 256;          // columns decoded at a time: 32 KB for 64 channels
+constexpr int FEW = 4, MOST_ROWS = 6;     // rows of a GEMV; of a GEMM's microkernel
+constexpr int64_t SUMMED = 512;            // columns after which a GEMV adds what it has to the result
+constexpr int64_t AHEAD = 8192;           // bytes a GEMV prefetches ahead
+
+inline constexpr int64_t blocks_of(int64_t k) { return (k + TILE_K - 1) / TILE_K; }
+
+inline __m512 zero_register() {
+  __m512 zero = _mm512_setzero_ps();
+  asm volatile("" : "+v"(zero));  // else gcc shares one register among accumulators and spills them
+  return zero;
+}
+
+inline __m512i bytes16(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+template <int LINES>
+inline void prefetch(const uint8_t* p) {
+#pragma GCC unroll 32
+  for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(p + i * 64), _MM_HINT_T0);
+}
+
+// Between two uses of a register: gcc moves other prefetches together, more than there are buffers for.
+inline void prefetch_between(const uint8_t* p, __m512& used) {
+  asm volatile("prefetcht0 %1" : "+v"(used) : "m"(*p));
+}
+
+// --- codes to bfloat16. A decoder makes two pairs (k, k + 1) of 16 channels, those of half h of a chunk of 8 k. `zero`
+// is what it made of the channels' zero points.
+
+struct Pairs {
+  __m512i first, second;
+};
+
+// The bits of a minifloat's value, exactly: a sign, BITS - 1 - MAN exponent bits, MAN mantissa bits.
+template <int BITS, int MAN, int BIAS>
+constexpr uint16_t minifloat_bits(int code) {
+  const int sign = (code >> (BITS - 1) & 1) << 15, magnitude = code & ((1 << (BITS - 1)) - 1);
+  int exponent = magnitude >> MAN, mantissa = magnitude & ((1 << MAN) - 1);
+  if (BITS == 8 && MAN == 3 && magnitude == 0x7f) return uint16_t(sign | 0x7fc0);
+  if (BITS == 8 && MAN == 2 && exponent == 31) return uint16_t(sign | (mantissa ? 0x7fc0 : 0x7f80));
+  if (magnitude == 0) return uint16_t(sign);
+  if (exponent == 0) {
+    for (exponent = 1; !(mantissa >> MAN); exponent--) mantissa <<= 1;
+    mantissa &= (1 << MAN) - 1;
+  }
+  return uint16_t(sign | (exponent - BIAS + 127) << 7 | mantissa << (7 - MAN));
+}
+
+template <int BITS, int MAN, int BIAS, int COUNT>
+struct Halves {
+  alignas(64) uint8_t low[COUNT] = {}, high[COUNT] = {};
+  constexpr Halves() {
+    for (int c = 0; c < COUNT; c++) {
+      low[c] = uint8_t(minifloat_bits<BITS, MAN, BIAS>(c) & 255);
+      high[c] = uint8_t(minifloat_bits<BITS, MAN, BIAS>(c) >> 8);
+    }
+  }
+};
+
+struct Words {
+  alignas(64) uint16_t word[32] = {};
+};
+constexpr Words fp4_words() {
+  Words t;
+  for (int i = 0; i < 32; i++) t.word[i] = minifloat_bits<4, 1, 1>(i & 15);
+  return t;
+}
+// Entry i: i - 16.
+constexpr Words integer_words() {
+  Words t;
+  for (int i = 0; i < 32; i++) {
+    int magnitude = i < 16 ? 16 - i : i - 16, exponent = 127;
+    if (magnitude == 0) continue;
+    while (magnitude >> (exponent - 126)) exponent++;
+    t.word[i] = uint16_t((i < 16 ? 0x8000 : 0) | exponent << 7 | ((magnitude << (134 - exponent)) & 0x7f));
+  }
+  return t;
+}
+
+struct Fp4 {
+  static constexpr int BITS = 4, LARGE = 256;  // from which doubled magnitude on codes are not finite
+  static constexpr bool ZERO_POINT = false;
+  static constexpr Words WORDS = fp4_words();
+  __m512i words = _mm512_load_si512(WORDS.word);
+
+  __attribute__((always_inline)) Pairs operator()(const uint8_t* chunk, int h, __m512i) const {
+    const __m512i codes = _mm512_loadu_si512(chunk);
+    return {_mm512_permutexvar_epi16(h ? _mm512_srli_epi16(codes, 8) : codes, words),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, h ? 12 : 4), words)};
+  }
+};
+
+template <int MAN, int BIAS>
+struct Fp6 {
+  static constexpr int BITS = 6, LARGE = 256;
+  static constexpr bool ZERO_POINT = false;
+  static constexpr Halves<6, MAN, BIAS, 64> HALVES{};
+  // 6 bytes hold 8 codes: each goes to the bytes of a 64-bit lane, where multishift cuts the codes out.
+  __m512i spread, low = _mm512_load_si512(HALVES.low), high = _mm512_load_si512(HALVES.high);
+  __m512i shifts = _mm512_set1_epi64(0x2a241e18120c0600);
+
+  Fp6() {
+    alignas(64) static constexpr uint8_t to[64] = {
+        0,  1,  2,  3,  4,  5,  0, 0, 6,  7,  8,  9,  10, 11, 0, 0, 12, 13, 14, 15, 16, 17, 0, 0,
+        18, 19, 20, 21, 22, 23, 0, 0, 24, 25, 26, 27, 28, 29, 0, 0, 30, 31, 32, 33, 34, 35, 0, 0,
+        36, 37, 38, 39, 40, 41, 0, 0, 42, 43, 44, 45, 46, 47, 0, 0};
+    spread = _mm512_load_si512(to);
+  }
+
+  __attribute__((always_inline)) Pairs operator()(const uint8_t* chunk, int h, __m512i) const {
+    const __m512i packed = _mm512_maskz_loadu_epi8(0xffffffffffff, chunk + h * 48);
+    const __m512i codes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, packed));
+    const __m512i l = _mm512_permutexvar_epi8(codes, low), u = _mm512_permutexvar_epi8(codes, high);
+    return {_mm512_unpacklo_epi8(l, u), _mm512_unpackhi_epi8(l, u)};
+  }
+};
+using Fp6E2M3 = Fp6<3, 1>;
+using Fp6E3M2 = Fp6<2, 3>;
+
+template <int MAN, int BIAS>
+struct Fp8 {
+  static constexpr int BITS = 8, LARGE = MAN == 3 ? 0xfe : 0xf8;
+  static constexpr bool ZERO_POINT = false;
+  static constexpr Halves<8, MAN, BIAS, 128> HALVES{};
+  __m512i low0 = _mm512_load_si512(HALVES.low), low1 = _mm512_load_si512(HALVES.low + 64);
+  __m512i high0 = _mm512_load_si512(HALVES.high), high1 = _mm512_load_si512(HALVES.high + 64);
+  __m512i sign = _mm512_set1_epi8(int8_t(0x80));
+
+  __attribute__((always_inline)) Pairs operator()(const uint8_t* chunk, int h, __m512i) const {
+    const __m512i codes = _mm512_loadu_si512(chunk + h * 64);
+    const __m512i l = _mm512_permutex2var_epi8(low0, codes, low1);
+    const __m512i magnitude = _mm512_permutex2var_epi8(high0, codes, high1);
+    const __m512i u = _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8);  // magnitude | (codes & sign)
+    return {_mm512_unpacklo_epi8(l, u), _mm512_unpackhi_epi8(l, u)};
+  }
+};
+using Fp8E4M3 = Fp8<3, 7>;
+using Fp8E5M2 = Fp8<2, 15>;
+
+// 0..15, or two's complement.
+template <bool SIGNED>
+struct FourBits {
+  static constexpr int BITS = 4, LARGE = 256;
+  static constexpr bool ZERO_POINT = true;
+  static constexpr Words WORDS = integer_words();
+  __m512i words = _mm512_load_si512(WORDS.word), nibble = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(SIGNED ? 8 : 0);
+
+  // What a code (plus 8 where it is signed) is added to: an entry of `words`, in every byte of a lane.
+  static __m512i encoded(__m512 zero) {
+    const __m512i index = _mm512_sub_epi32(_mm512_set1_epi32(SIGNED ? 8 : 16), _mm512_cvtps_epi32(zero));
+    return _mm512_mullo_epi32(index, _mm512_set1_epi32(0x01010101));
+  }
+  __attribute__((always_inline)) Pairs operator()(const uint8_t* chunk, int h, __m512i zero) const {
+    const __m512i codes = _mm512_loadu_si512(chunk);
+    const __m512i even = entries(codes, zero), odd = entries(_mm512_srli_epi16(codes, 4), zero);
+    return {_mm512_permutexvar_epi16(h ? _mm512_srli_epi16(even, 8) : even, words),
+            _mm512_permutexvar_epi16(h ? _mm512_srli_epi16(odd, 8) : odd, words)};
+  }
+  __attribute__((always_inline)) __m512i entries(__m512i nibbles, __m512i zero) const {
+    const __m512i codes = _mm512_ternarylogic_epi32(nibbles, nibble, flip, 0x6a);  // (nibbles & 15) ^ flip
+    return _mm512_add_epi8(codes, zero);
+  }
+};
+using Int4 = FourBits<true>;
+using UInt4 = FourBits<false>;
+
+// A byte less OFFSET. A byte in the mantissa of a float is an integer added to a power of two; what remains after a
+// subtraction has 8 bits, so its upper half is its bfloat16.
+template <int OFFSET>
+struct EightBits {
+  static constexpr int BITS = 8, LARGE = 256;
+  static constexpr bool ZERO_POINT = true;
+  __m512i first = _mm512_set1_epi32(0xff), at_first = _mm512_set1_epi32(0x4b000000);      // 2^23 + byte
+  __m512i second = _mm512_set1_epi32(0xff00), at_second = _mm512_set1_epi32(0x47000000);  // 2^15 + byte
+
+  static __m512i encoded(__m512 zero) { return _mm512_castps_si512(_mm512_add_ps(zero, _mm512_set1_ps(OFFSET))); }
+  __attribute__((always_inline)) Pairs operator()(const uint8_t* chunk, int h, __m512i zero) const {
+    const __m512i codes = _mm512_loadu_si512(chunk + h * 64);
+    return {decoded(codes, zero), decoded(_mm512_srli_epi32(codes, 16), zero)};
+  }
+  __attribute__((always_inline)) __m512i decoded(__m512i codes, __m512i zero) const {
+    const __m512 zero0 = _mm512_add_ps(_mm512_castsi512_ps(zero), _mm512_castsi512_ps(at_first));
+    const __m512 zero1 = _mm512_add_ps(_mm512_castsi512_ps(zero), _mm512_castsi512_ps(at_second));
+    const __m512i byte0 = _mm512_ternarylogic_epi32(codes, first, at_first, 0xea);  // (codes & first) | at_first
+    const __m512i byte1 = _mm512_ternarylogic_epi32(codes, second, at_second, 0xea);
+    const __m512i v0 = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(byte0), zero0));
+    const __m512i v1 = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(byte1), zero1));
+    return _mm512_or_si512(_mm512_srli_epi32(v0, 16), v1);
+  }
+};
+using Int8 = EightBits<128>;
+using UInt8 = EightBits<0>;
+
+// --- scales of weights
+
+// The values of 16 scale bytes. E8M0: up to 2^127, and 2^-127 is 0.
+template <typename S>
+inline __m512 scales_at(const uint8_t* p) {
+  const __m512i bytes = bytes16(p);
+  if constexpr (std::is_same_v<S, generic::E8M0>) return _mm512_castsi512_ps(_mm512_slli_epi32(bytes, 23));
+  constexpr bool E4M3 = std::is_same_v<S, generic::E4M3>;
+  constexpr int NAN_CODE = E4M3 ? 127 : 255;
+  const __m512i code = E4M3 ? _mm512_and_si512(bytes, _mm512_set1_epi32(127)) : bytes;
+  __m512i value = _mm512_add_epi32(_mm512_slli_epi32(code, 20), _mm512_set1_epi32((E4M3 ? 120 : 112) << 23));
+  const __m512 subnormal = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(E4M3 ? 0x1p-9f : 0x1p-17f));
+  value = _mm512_mask_mov_epi32(
+      value, _mm512_cmplt_epi32_mask(code, _mm512_set1_epi32(8)), _mm512_castps_si512(subnormal));
+  value = _mm512_mask_mov_epi32(
+      value, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(NAN_CODE)), _mm512_set1_epi32(0x7fc00000));
+  if (E4M3) value = _mm512_or_si512(value, _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(127), bytes), 24));
+  return _mm512_castsi512_ps(value);
+}
+
+// Blocks of SIZE columns have a byte each in the tile (S: generic::E8M0, E4M3 or E5M3). `global` multiplies them all.
+template <typename S, int SIZE>
+struct InTile {
+  float global = 1.0f;
+  static constexpr int PARTS = TILE_K / SIZE;
+  static constexpr int64_t BYTES = PANEL_CHANNELS * PARTS;
+  using Scale = S;
+};
+
+// One a channel. fill(0, scale, zero) writes those of the panel's 64 channels and their zero points.
+template <typename Fill>
+struct PerChannel {
+  Fill fill;
+};
+template <typename Fill>
+PerChannel(Fill) -> PerChannel<Fill>;
+
+// One for `columns` columns, a multiple of 32, of a channel: fill(k, scale, zero) writes those from column k on.
+// prefetch(k) may fetch what fill(k) will read: it lies apart, and waiting for it group by group is slow.
+struct NoPrefetch {
+  void operator()(int64_t) const {}
+};
+template <typename Fill, typename Ahead = NoPrefetch>
+struct PerGroup {
+  int64_t columns;
+  Fill fill;
+  Ahead prefetch = {};
+};
+template <typename Fill>
+PerGroup(int64_t, Fill) -> PerGroup<Fill>;
+template <typename Fill, typename Ahead>
+PerGroup(int64_t, Fill, Ahead) -> PerGroup<Fill, Ahead>;
+
+template <typename Scales>
+struct InTileScales : std::false_type {};
+template <typename S, int SIZE>
+struct InTileScales<InTile<S, SIZE>> : std::true_type {};
+template <typename Scales>
+struct PerGroupScales : std::false_type {};
+template <typename Fill, typename Ahead>
+struct PerGroupScales<PerGroup<Fill, Ahead>> : std::true_type {};
+
+// What kernels see of the latter two.
+struct OfChannels {
+  static constexpr int PARTS = 1;
+  static constexpr int64_t BYTES = 0;
+};
+struct OfGroups : OfChannels {};
+
+template <typename Weight, typename Scales>
+constexpr int64_t TILE_BYTES = Scales::BYTES + PANEL_CHANNELS * TILE_K * Weight::BITS / 8;
+
+// For a `fill`: n (at least 1; what is beyond 64 does not matter) scales in a row, or one for all.
+template <typename T>
+inline void fill_scales(const T* scales, int64_t n, float* out) {
+  for (int64_t c = 0; c < PANEL_CHANNELS; c += 16)
+    _mm512_storeu_ps(out + c, load16(scales + c, std::max<int64_t>(n - c, 0)));
+}
+inline void fill_all(float value, float* out) {
+  for (int64_t c = 0; c < PANEL_CHANNELS; c += 16) _mm512_storeu_ps(out + c, _mm512_set1_ps(value));
+}
+// n zero points of 4 bits, eight in a word.
+template <bool SIGNED, bool REORDER>
+inline void fill_zeros(const int32_t* words, int64_t n, float* out) {
+  // What moves a nibble to the top of its word.
+  alignas(64) static constexpr int32_t shifts[2][16] = {
+      {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0},
+      {28, 12, 24, 8, 20, 4, 16, 0, 28, 12, 24, 8, 20, 4, 16, 0}};
+  for (int64_t c = 0; c < PANEL_CHANNELS; c += 16) {
+    const int64_t left = std::max<int64_t>(n - c, 0);
+    const __m128i two = _mm_maskz_loadu_epi32(left > 8 ? 3 : left > 0 ? 1 : 0, words + c / 8);
+    const __m512i word = _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_castsi128_si512(two));
+    __m512i code = _mm512_sllv_epi32(word, _mm512_load_si512(shifts[REORDER]));
+    code = SIGNED ? _mm512_srai_epi32(code, 28) : _mm512_srli_epi32(code, 28);
+    _mm512_storeu_ps(out + c, _mm512_cvtepi32_ps(code));
+  }
+}
+
+// --- prepared rows: tiles of r rows, their values [K / 32][r][32]; then the scales: one a row, or [K / 32][r] for a
+// tile.
+
+// How the activation is scaled: one scale a row, or one for `columns` columns, a multiple of 32.
+struct OfRows {};
+struct OfColumns {
+  int64_t columns;
+};
+
+// Rows in one tile if they are few; else in tiles of 3 to 6, as even as possible: 13 rows are 5 + 4 + 4.
+struct RowTiles {
+  int64_t tiles, base, larger;  // the first `larger` tiles have base + 1 rows
+
+  explicit RowTiles(int64_t count)
+      : tiles((count + (count <= FEW ? FEW : MOST_ROWS) - 1) / (count <= FEW ? FEW : MOST_ROWS)), base(count / tiles),
+        larger(count % tiles) {}
+
+  int64_t first(int64_t tile) const { return tile * base + std::min(tile, larger); }
+  int64_t size(int64_t tile) const { return base + (tile < larger); }
+  int64_t of(int64_t row) const {
+    const int64_t in_larger = larger * (base + 1);
+    return row < in_larger ? row / (base + 1) : larger + (row - in_larger) / base;
+  }
+};
+
+inline constexpr int64_t scales_offset(int64_t count, int64_t k) { return count * blocks_of(k) * TILE_K * 2; }
+inline constexpr int64_t rows_bytes(int64_t count, int64_t k) {
+  return scales_offset(count, k) + round_up(count * std::max<int64_t>(blocks_of(k), 1) * 4, 64);
+}
+
+// Where row i of `count` is.
+struct Row {
+  int64_t k, r;
+  uint16_t* values;
+  float *scale, *scales;  // of the row, or of its columns
+
+  Row(uint8_t* rows, int64_t k, int64_t i, int64_t count) : k(k) {
+    const RowTiles tiles(count);
+    const int64_t tile = tiles.of(i), first = tiles.first(tile);
+    r = tiles.size(tile);
+    values = reinterpret_cast<uint16_t*>(rows) + (first * blocks_of(k) + i - first) * TILE_K;
+    float* all = reinterpret_cast<float*>(rows + scales_offset(count, k));
+    scale = all + i;
+    scales = all + first * blocks_of(k) + i - first;
+  }
+  // 32 exact values; what is beyond K becomes 0.
+  void store(int64_t block, __m512 low, __m512 high) const {
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    const int64_t left = k - block * TILE_K;
+    if (left < TILE_K) both = _mm512_maskz_mov_epi16((1u << left) - 1, both);
+    _mm512_storeu_si512(values + block * r * TILE_K, both);
+  }
+  void store(int64_t block, const float* v) const { store(block, _mm512_loadu_ps(v), _mm512_loadu_ps(v + 16)); }
+};
+
+// f(16 elements) for all blocks of columns begin to end, a multiple of 32 or K.
+template <typename T, typename F>
+inline void store_each(const Row& row, const T* x, int64_t begin, int64_t end, F f) {
+  for (int64_t i = begin; i < end; i += TILE_K)
+    row.store(i / TILE_K, f(load16(x + i, end - i)), f(load16(x + i + 16, std::max<int64_t>(end - i - 16, 0))));
+}
+
+// By what a row should be multiplied whose values are near 2^128 or 2^-126, as bfloat16 and blocks of E8M0 scales can
+// be, so that sums of its products neither overflow nor vanish before they are scaled. A row of zeros may have been too
+// small.
+inline float range_factor(const Row& row) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t b = 0; b < blocks_of(row.k); b++) {
+    const __m512i v = _mm512_loadu_si512(row.values + b * row.r * TILE_K);
+    largest = _mm512_max_epu16(largest, _mm512_and_si512(v, _mm512_set1_epi16(0x7fff)));
+  }
+  largest = _mm512_max_epu16(largest, _mm512_slli_epi32(largest, 16));
+  const float amax = from_bits(_mm512_reduce_max_epu32(largest) & 0xffff0000);
+  return amax < 0x1p-64f ? 0x1p64f : amax > 0x1p64f ? 0x1p-64f : 1.0f;
+}
+
+// write(factor) writes the values of a row, times the factor.
+template <typename Write>
+inline void write_in_range(const Row& row, Write write) {
+  write(1.0f);
+  const float factor = range_factor(row);
+  if (__builtin_expect(factor == 1.0f, 1)) return;
+  write(factor);
+  *row.scale /= factor;
+}
+
+// --- prepare functions: row i of `count`
+
+inline void copy(const at::BFloat16* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  *row.scale = 1.0f;
+  write_in_range(row, [&](float factor) {
+    const __m512 times = _mm512_set1_ps(factor);
+    if (factor != 1.0f) return store_each(row, x, 0, k, [&](__m512 v) { return _mm512_mul_ps(v, times); });
+    for (int64_t b = 0; b < blocks_of(k); b++) {
+      const int64_t left = k - b * TILE_K;
+      const __mmask32 valid = left < TILE_K ? (1u << left) - 1 : ~0u;
+      _mm512_storeu_si512(row.values + b * row.r * TILE_K, _mm512_maskz_loadu_epi16(valid, x + b * TILE_K));
+    }
+  });
+}
+
+// The largest magnitude; NaN if there is one.
+template <typename T>
+inline T amax_of(const T* x, int64_t n) {
+  __m512i best = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16)  // as integers NaN are above infinity
+    best = _mm512_max_epu32(best, _mm512_castps_si512(_mm512_abs_ps(load16(x + i, n - i))));
+  return T(from_bits(_mm512_reduce_max_epu32(best)));
+}
+template <>
+inline at::BFloat16 amax_of(const at::BFloat16* x, int64_t n) {
+  __m512i best = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 valid = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
+    const __m512i v = _mm512_maskz_loadu_epi16(valid, x + i);
+    best = _mm512_max_epu16(best, _mm512_and_si512(v, _mm512_set1_epi16(0x7fff)));
+  }
+  best = _mm512_max_epu16(best, _mm512_slli_epi32(best, 16));
+  return at::BFloat16(from_bits(_mm512_reduce_max_epu32(_mm512_srli_epi32(best, 16)) << 16));
+}
+
+// The second operand of min and max is the result where one is NaN: this order keeps a NaN.
+inline __m512 clamped(__m512 v, float low, float high) {
+  return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), v));
+}
+template <typename E>
+inline __m512 nearest(__m512 v) { return round_to_grid(clamped(v, -E::max, E::max), E::man, E::least); }
+
+// FP8 by one scale: the quotient is rounded to T.
+template <typename E, typename T>
+inline void quantize_fp8(const T* x, int64_t k, float scale, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  *row.scale = scale;
+  const __m512 divisor = _mm512_set1_ps(scale);
+  store_each(row, x, 0, k, [&](__m512 v) { return nearest<E>(rounded_to<T>(_mm512_div_ps(v, divisor))); });
+}
+
+template <typename E, typename T>
+inline void quantize_fp8(const T* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
+  const T amax = amax_of(x, k);
+  quantize_fp8<E>(x, k, generic::fp8_scale<E>(&amax, 1), rows, i, count);
+}
+
+// FP8 by groups of columns: the quotient stays in float32.
+template <typename E, typename T>
+inline void quantize_fp8_groups(const T* x, int64_t k, int64_t group, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  for (int64_t begin = 0; begin < k; begin += group) {
+    const int64_t end = std::min(k, begin + group);
+    const T amax = amax_of(x + begin, end - begin);
+    const float scale = generic::fp8_scale<E>(&amax, 1);
+    const __m512 divisor = _mm512_set1_ps(scale);
+    store_each(row, x, begin, end, [&](__m512 v) { return nearest<E>(_mm512_div_ps(v, divisor)); });
+    for (int64_t b = begin; b < end; b += TILE_K) row.scales[b / TILE_K * row.r] = scale;
+  }
+}
+
+// A block format by generic.h's rules; `zero` is what a scale of 0 multiplies by. The global scale stays the row's.
+template <typename E, int SIZE, typename Rule, typename T>
+inline void quantize_blocks(
+    const T* x, int64_t k, float global, float zero, uint8_t* rows, int64_t i, int64_t count) {
+  constexpr bool HAS_GLOBAL = std::is_same_v<Rule, generic::Sequential> || std::is_same_v<Rule, generic::Combined>;
+  const Row row(rows, k, i, count);
+  *row.scale = HAS_GLOBAL ? global : 1.0f;
+  auto write = [&](float factor) {
+    for (int64_t b = 0; b < k; b += TILE_K) {
+      __m512 v[2] = {load16(x + b, 16), b + 16 < k ? load16(x + b + 16, 16) : _mm512_setzero_ps()};
+      __m512i amax[2] = {_mm512_castps_si512(_mm512_abs_ps(v[0])), _mm512_castps_si512(_mm512_abs_ps(v[1]))};
+      if (SIZE == 32) amax[0] = _mm512_max_epu32(amax[0], amax[1]);  // as integers NaN are above infinity
+      float scales[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < TILE_K / SIZE; h++)
+        scales[h] = Rule::template scale<E, T>(from_bits(_mm512_reduce_max_epu32(amax[h])), global);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const float scale = scales[h * 16 / SIZE];
+        // The block's scale alone: the product with the global one was rounded once, far below the steps of its grid.
+        const float block = HAS_GLOBAL ? round_to_grid(scale / global, 3, 0x1p-9f) : scale;
+        const __m512 divisor = _mm512_set1_ps(scale == 0.0f ? generic::EPS : scale);
+        const __m512 value = _mm512_mul_ps(
+            nearest<E>(_mm512_div_ps(v[h], divisor)), _mm512_set1_ps(scale == 0.0f ? zero : block));
+        v[h] = _mm512_mul_ps(value, _mm512_set1_ps(factor));  // after what may become infinite
+      }
+      row.store(b / TILE_K, v[0], v[1]);
+    }
+  };
+  if (HAS_GLOBAL) write(1.0f);
+  else write_in_range(row, write);
+}
+
+// Integers: the codes less the zero point.
+template <int LOW, int HIGH, typename T>
+inline void quantize_integers(const Row& row, const T* x, int64_t begin, int64_t end, generic::Grid grid) {
+  const __m512 inverse = _mm512_set1_ps(1.0f / grid.scale), zero = _mm512_set1_ps(grid.zero_point);
+  store_each(row, x, begin, end, [&](__m512 v) {
+    const __m512 code = _mm512_roundscale_ps(_mm512_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_sub_ps(clamped(_mm512_add_ps(code, zero), LOW, HIGH), zero);
+  });
+}
+
+template <int LOW, int HIGH, typename T>
+inline void quantize_integers(
+    const T* x, int64_t k, generic::Grid grid, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  *row.scale = grid.scale;
+  quantize_integers<LOW, HIGH>(row, x, 0, k, grid);
+}
+
+template <int LOW, int HIGH, bool SYMMETRIC, typename T>
+inline generic::Grid integer_grid(const T* x, int64_t n) {
+  __m512 low = _mm512_setzero_ps(), high = low;
+  __mmask16 nan = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 v = load16(x + i, n - i);
+    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    low = _mm512_min_ps(low, v);
+    high = _mm512_max_ps(high, v);
+  }
+  const T ends[2] = {T(nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_min_ps(low)),
+                     T(_mm512_reduce_max_ps(high))};
+  return generic::integer_grid<LOW, HIGH, SYMMETRIC>(ends, 2);
+}
+
+template <int LOW, int HIGH, bool SYMMETRIC, typename T>
+inline void quantize_integers(const T* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
+  quantize_integers<LOW, HIGH>(x, k, integer_grid<LOW, HIGH, SYMMETRIC>(x, k), rows, i, count);
+}
+
+template <int LOW, int HIGH, bool SYMMETRIC, typename T>
+inline void quantize_integer_groups(
+    const T* x, int64_t k, int64_t group, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  for (int64_t begin = 0; begin < k; begin += group) {
+    const int64_t end = std::min(k, begin + group);
+    const generic::Grid grid = integer_grid<LOW, HIGH, SYMMETRIC>(x + begin, end - begin);
+    quantize_integers<LOW, HIGH>(row, x, begin, end, grid);
+    for (int64_t b = begin; b < end; b += TILE_K) row.scales[b / TILE_K * row.r] = grid.scale;
+  }
+}
+
+// Activations that are quantized already; `value(k)` is a code's value.
+template <typename Value>
+inline void load_values(const Row& row, Value value) {
+  for (int64_t b = 0; b < blocks_of(row.k); b++) {
+    float v[TILE_K] = {};
+    const int64_t n = std::min<int64_t>(TILE_K, row.k - b * TILE_K);
+    for (int64_t j = 0; j < n; j++) v[j] = value(b * TILE_K + j);
+    row.store(b, v);
+  }
+}
+
+// The scale of column k is scales[k / columns]; OfRows for columns >= K.
+template <typename S>
+inline void load_scales(const Row& row, const S* scales, int64_t columns) {
+  if (columns >= row.k) {
+    *row.scale = float(scales[0]);
+    return;
+  }
+  for (int64_t b = 0; b < blocks_of(row.k); b++) row.scales[b * row.r] = float(scales[b * TILE_K / columns]);
+}
+
+template <typename E, typename C, typename S>
+inline void load_fp8(
+    const C* codes, const S* scales, int64_t k, int64_t columns, uint8_t* rows, int64_t i, int64_t count) {
+  const Row row(rows, k, i, count);
+  load_scales(row, scales, columns);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes);
+  const float* values = generic::table<E>();
+  load_values(row, [&](int64_t j) { return values[bytes[j]]; });
+}
+
+template <typename C, typename S, typename Z>
+inline void load_integers(
+    const C* codes, const S* scales, const Z* zero_points, int64_t k, int64_t columns, uint8_t* rows, int64_t i,
+    int64_t count) {
+  const Row row(rows, k, i, count);
+  load_scales(row, scales, columns);
+  load_values(
+      row, [&](int64_t j) { return float(codes[j]) - (zero_points ? float(zero_points[j / columns]) : 0.0f); });
+}
+
+template <typename E, int SIZE, typename S, typename C, typename SC>
+inline void load_blocks(
+    const C* packed, const SC* scales, int64_t k, float global, float zero, uint8_t* rows, int64_t i, int64_t count) {
+  constexpr int BITS = std::is_same_v<E, generic::Fp4> ? 4 : E::max < 100.0f ? 6 : 8;
+  const Row row(rows, k, i, count);
+  *row.scale = global;
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(packed);
+  write_in_range(row, [&](float factor) {
+    for (int64_t b = 0; b < k; b += TILE_K) {
+      float v[TILE_K] = {};
+      generic::decode_blocks<E, SIZE, S, float>(
+          codes + b * BITS / 8, scales + b / SIZE, std::min<int64_t>(TILE_K, k - b), 1.0f, zero, v);
+      for (float& value : v) value *= factor;
+      row.store(b / TILE_K, v);
+    }
+  });
+}
+
+// --- the product: few rows
+
+// 16 * GROUPS channels of a panel by a tile of rows.
+struct Operands {
+  const uint8_t* panel;      // its first tile
+  int first_group;           // the first 16 channels
+  const uint16_t* values;    // of the rows
+  const float* x_scales;     // [K / 32][r], of OfColumns
+  const float* scales;       // [groups][16 * GROUPS]
+  const int32_t* zeros;      // as the decoder encoded them, [groups][16 * GROUPS]
+  int64_t blocks;
+  int64_t group_blocks;      // 32 columns each
+  float x_factor;            // of x_scales: the global scale, without which sums could overflow
+};
+
+inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(two));
+}
+
+// MR rows; `out` gets the sums, in which scales of rows, channels and the global one are missing.
+template <int MR, int GROUPS, typename Weight, typename Scales, bool OF_COLUMNS>
+__attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
+  constexpr bool OF_CHANNELS = std::is_same_v<Scales, OfChannels>, DIRECT = OF_CHANNELS && !OF_COLUMNS;
+  constexpr int CHAINS = MR <= 2 ? 2 : 1;  // a dot product has a latency of 6 cycles
+  constexpr int SUMS = DIRECT ? CHAINS : 1, STEPS = 8 / Scales::PARTS;
+  // Two groups at a time share the loads of activations.
+  constexpr int ALONE = Weight::ZERO_POINT ? 0 : Weight::BITS < 8 ? 1 : 2;  // rows for which one is faster: measured
+  constexpr int WIDE = GROUPS > 1 && MR > ALONE ? 2 : 1, LINES = Weight::BITS * WIDE;
+  constexpr int64_t CHUNK = 16 * Weight::BITS;
+  const Weight weight;
+  const uint8_t* scale_bytes = o.panel + o.first_group * 16;
+  const uint8_t* codes = o.panel + Scales::BYTES + o.first_group * 4 * CHUNK;
+  const uint16_t* x = o.values;
+  const float *x_scales = o.x_scales, *scales = o.scales;
+  const int32_t* zeros = o.zeros;
+  const float x_factor = o.x_factor;
+  int64_t left = o.group_blocks;
+  for (int64_t begin = 0, end; begin < o.blocks; begin = end) {
+    // Sums of a whole K would gather rounding errors.
+    end = DIRECT ? std::min(o.blocks, begin + SUMMED / TILE_K) : o.blocks;
+    __m512 sum[MR][GROUPS][SUMS];
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < GROUPS; v++)
+#pragma GCC unroll 2
+        for (int c = 0; c < SUMS; c++) sum[m][v][c] = zero_register();
+    for (int64_t b = begin; b < end; b++) {
+      prefetch<Scales::BYTES / 64>(scale_bytes + AHEAD);
+#pragma GCC unroll 4
+      for (int v = 0; v < GROUPS; v += WIDE) {
+        const uint8_t* chunk = codes + v * 4 * CHUNK;
+#pragma GCC unroll 2
+        for (int part = 0; part < Scales::PARTS; part++) {
+          __m512 total[MR][WIDE][CHAINS];
+#pragma GCC unroll 4
+          for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+            for (int c = 0; c < WIDE * CHAINS; c++)
+              total[m][c / CHAINS][c % CHAINS] = DIRECT ? sum[m][v + c / CHAINS][c % SUMS] : zero_register();
+#pragma GCC unroll 8
+          for (int half = part * STEPS; half < part * STEPS + STEPS; half++) {
+#pragma GCC unroll 2
+            for (int l = half * LINES / 8; l < (half + 1) * LINES / 8; l++)
+              prefetch_between(chunk + AHEAD + l * 64, total[0][0][0]);
+            Pairs pairs[WIDE];
+#pragma GCC unroll 2
+            for (int g = 0; g < WIDE; g++) {
+              const __m512i zero =
+                  Weight::ZERO_POINT ? _mm512_loadu_si512(zeros + 16 * (v + g)) : _mm512_setzero_si512();
+              pairs[g] = weight(chunk + (g * 4 + half / 2) * CHUNK, half % 2, zero);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+              const uint16_t* at = x + m * TILE_K + half * 4;
+#pragma GCC unroll 2
+              for (int g = 0; g < WIDE; g++) {
+                total[m][g][0] = dot(total[m][g][0], pairs[g].first, at);
+                total[m][g][CHAINS - 1] = dot(total[m][g][CHAINS - 1], pairs[g].second, at + 2);
+              }
+            }
+          }
+#pragma GCC unroll 2
+          for (int g = 0; g < WIDE; g++) {
+            __m512 scale = _mm512_setzero_ps();
+            if constexpr (Scales::BYTES > 0)
+              scale = scales_at<typename Scales::Scale>(scale_bytes + part * PANEL_CHANNELS + 16 * (v + g));
+            else if constexpr (!OF_CHANNELS) scale = _mm512_loadu_ps(scales + 16 * (v + g));
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; m++) {
+              __m512(&s)[SUMS] = sum[m][v + g];
+              if constexpr (DIRECT) {
+                s[0] = total[m][g][0];
+                s[SUMS - 1] = total[m][g][CHAINS - 1];
+              } else {
+                __m512 t = CHAINS == 2 ? _mm512_add_ps(total[m][g][0], total[m][g][CHAINS - 1]) : total[m][g][0];
+                if constexpr (OF_COLUMNS && !OF_CHANNELS) t = _mm512_mul_ps(t, scale);
+                s[0] = _mm512_fmadd_ps(t, OF_COLUMNS ? _mm512_set1_ps(x_scales[m] * x_factor) : scale, s[0]);
+              }
+            }
+          }
+        }
+        asm volatile("" ::: "memory");  // else gcc interleaves the groups and spills
+      }
+      scale_bytes += TILE_BYTES<Weight, Scales>;
+      codes += TILE_BYTES<Weight, Scales>;
+      x += MR * TILE_K;
+      x_scales += MR;
+      if (--left == 0) {
+        left = o.group_blocks;
+        scales += 16 * GROUPS;
+        zeros += 16 * GROUPS;
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < GROUPS; v++) {
+        __m512 total = SUMS == 2 ? _mm512_add_ps(sum[m][v][0], sum[m][v][SUMS - 1]) : sum[m][v][0];
+        if (DIRECT && begin) total = _mm512_add_ps(_mm512_loadu_ps(out + m * ld + 16 * v), total);
+        _mm512_storeu_ps(out + m * ld + 16 * v, total);
+      }
+  }
+}
+
+// --- the product: more rows
+
+// A chunk of a panel is decoded to pairs [K / 2][GROUPS][16 channels]. Block scales become part of the values.
+
+// E8M0 scales are added to the exponents where that is right: nothing underflows, and no code is NaN or infinity.
+constexpr int LEAST_ADDED = 17;  // 2^(17 - 127) times the least magnitude, 2^-16, is a normal bfloat16
+
+// Times a float scale a channel, if that is exact. What is too small becomes 0, or is a subnormal that counts as 0.
+inline __m512i scaled(__m512i pairs, __m512 scale) {
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  const __m512 first = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
+  const __m512 second = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, upper)), scale);
+  return _mm512_ternarylogic_epi32(
+      _mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second), upper, 0xf8);
+}
+
+template <int GROUPS, typename Weight, typename Scales>
+__attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t end, uint16_t* out) {
+  constexpr int64_t CHUNK = 16 * Weight::BITS, TILE = TILE_BYTES<Weight, Scales>;
+  const Weight weight;
+  const uint8_t* tile = o.panel + begin * TILE;
+  for (int64_t b = begin; b < end; b++, tile += TILE) {
+    for (int v = 0; v < GROUPS; v++, out += 32) {
+      const uint8_t* chunk = tile + Scales::BYTES + (o.first_group + v) * 4 * CHUNK;
+      const uint8_t* bytes = tile + (o.first_group + v) * 16;
+      const __m512i zero = Weight::ZERO_POINT
+          ? _mm512_loadu_si512(o.zeros + (b / o.group_blocks * GROUPS + v) * 16) : _mm512_setzero_si512();
+      auto store = [&](int j, auto f) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          const Pairs pairs = weight(chunk + j * CHUNK, h, zero);
+          _mm512_store_si512(out + (j * 4 + h * 2) * GROUPS * 32, f(pairs.first));
+          _mm512_store_si512(out + (j * 4 + h * 2 + 1) * GROUPS * 32, f(pairs.second));
+        }
+      };
+      if constexpr (Scales::BYTES == 0) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) store(j, [](__m512i p) { return p; });
+      } else {
+        if constexpr (std::is_same_v<typename Scales::Scale, generic::E8M0>) {
+          const __m512i exponent = bytes16(bytes);
+          bool added = !_mm512_cmplt_epu32_mask(exponent, _mm512_set1_epi32(LEAST_ADDED));
+          if constexpr (Weight::LARGE < 256) {
+            __m512i largest = _mm512_setzero_si512();
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+              const __m512i codes = _mm512_loadu_si512(chunk + j * 64);
+              largest = _mm512_max_epu8(largest, _mm512_add_epi8(codes, codes));
+            }
+            added = added && !_mm512_cmpge_epu8_mask(largest, _mm512_set1_epi8(int8_t(Weight::LARGE)));
+          }
+          if (__builtin_expect(added, 1)) {
+            const __m512i difference = _mm512_slli_epi32(_mm512_sub_epi32(exponent, _mm512_set1_epi32(127)), 7);
+            const __m512i both = _mm512_mask_mov_epi16(_mm512_slli_epi32(difference, 16), 0x55555555, difference);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+              store(j, [&](__m512i p) {
+                return _mm512_mask_add_epi16(p, _mm512_test_epi16_mask(p, _mm512_set1_epi16(0x7fff)), p, both);
+              });
+            continue;
+          }
+        }
+        for (int j = 0; j < 4; j++) {
+          const __m512 scale = scales_at<typename Scales::Scale>(bytes + j * Scales::PARTS / 4 * PANEL_CHANNELS);
+          store(j, [&](__m512i p) { return scaled(p, scale); });
+        }
+      }
+    }
+    out += 15 * GROUPS * 32;
+  }
+}
+
+// The next chunk of a panel, fetched into L2 a few lines at a time while this one is multiplied.
+struct Prefetch {
+  const uint8_t* at;
+  int64_t left, lines;  // a step
+
+  Prefetch(const uint8_t* begin, int64_t bytes, int64_t steps)
+      : at(begin), left(bytes / 64), lines((left + steps - 1) / steps) {}
+
+  void step() {
+    for (int64_t i = 0; i < lines; i++) _mm_prefetch(reinterpret_cast<const char*>(at + i * 64), _MM_HINT_T1);
+    at += lines * 64;
+    left -= lines;
+    if (left <= 0) lines = 0;
+  }
+};
+
+// out += the products of MR rows and decoded columns; SCALED: times w_scales [GROUPS][16], x_scales [MR] and x_factor.
+template <int MR, int GROUPS, bool SCALED>
+__attribute__((noinline)) void multiply(
+    const uint16_t* x, const uint16_t* w, int64_t blocks, const float* w_scales, const float* x_scales, float x_factor,
+    float* out, int64_t ld, Prefetch& next) {
+  __m512 sum[MR][GROUPS];
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUPS; v++) sum[m][v] = zero_register();
+  for (int64_t b = 0; b < blocks; b++, x += (MR - 1) * TILE_K)
+    for (int q = 0; q < 4; q++, x += 8, w += 4 * GROUPS * 32) {
+      next.step();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        __m512i pairs[GROUPS];
+#pragma GCC unroll 4
+        for (int v = 0; v < GROUPS; v++) pairs[v] = _mm512_load_si512(w + (i * GROUPS + v) * 32);
+#pragma GCC unroll 6
+        for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+          for (int v = 0; v < GROUPS; v++) sum[m][v] = dot(sum[m][v], pairs[v], x + m * TILE_K + i * 2);
+      }
+    }
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUPS; v++) {
+      float* to = out + m * ld + 16 * v;
+      const __m512 before = _mm512_loadu_ps(to);
+      if (SCALED) {
+        const __m512 of_channels = _mm512_mul_ps(sum[m][v], _mm512_loadu_ps(w_scales + 16 * v));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(of_channels, _mm512_set1_ps(x_scales[m] * x_factor), before));
+      } else {
+        _mm512_storeu_ps(to, _mm512_add_ps(before, sum[m][v]));
+      }
+    }
+}
+
+// f(integral_constant<int, rows>) for LEAST <= rows <= MOST.
+template <int LEAST, int MOST, typename F>
+inline void with_rows(int64_t rows, F&& f) {
+  if constexpr (LEAST < MOST)
+    if (rows > LEAST) return with_rows<LEAST + 1, MOST>(rows, f);
+  f(std::integral_constant<int, LEAST>());
+}
+
+template <int GROUPS, int MOST, typename Weight, typename Scales, bool OF_COLUMNS>
+inline void gemm(
+    Operands o, const RowTiles& tiles, int64_t count, int64_t x_blocks, uint16_t* decoded, float* out, int64_t ld) {
+  constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups>, SCALED = OF_GROUPS || OF_COLUMNS;
+  constexpr int64_t CHUNK = CHUNK_K / TILE_K, TILE = TILE_BYTES<Weight, Scales>;
+  alignas(64) float ones[PANEL_CHANNELS];
+  fill_all(1.0f, ones);
+  for (int64_t i = 0; i < count; i++) std::memset(out + i * ld, 0, GROUPS * 64);
+  for (int64_t begin = 0; begin < o.blocks; begin += CHUNK) {
+    const int64_t end = std::min(o.blocks, begin + CHUNK), after = std::min(o.blocks, end + CHUNK);
+    decode<GROUPS, Weight, Scales>(o, begin, end, decoded);
+    Prefetch next(o.panel + end * TILE, (after - end) * TILE, tiles.tiles * (end - begin) * 4);
+    for (int64_t t = 0; t < tiles.tiles; t++) {
+      const int64_t first = tiles.first(t), r = tiles.size(t);
+      const uint16_t* x = o.values + first * o.blocks * TILE_K;
+      const float* x_scales = o.x_scales + first * o.blocks;
+      // From scale to scale.
+      for (int64_t b = begin, stop; b < end; b = stop) {
+        stop = end;
+        if (OF_GROUPS) stop = std::min(stop, (b / o.group_blocks + 1) * o.group_blocks);
+        if (OF_COLUMNS) stop = std::min(stop, (b / x_blocks + 1) * x_blocks);
+        const float* w_scales = OF_GROUPS ? o.scales + b / o.group_blocks * GROUPS * 16 : ones;
+        with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto rows) {
+          multiply<rows, GROUPS, SCALED>(
+              x + b * r * TILE_K, decoded + (b - begin) * 16 * GROUPS * 32, stop - b, w_scales,
+              OF_COLUMNS ? x_scales + b * r : ones, o.x_factor, out + first * ld, ld, next);
+        });
+      }
+    }
+  }
+}
+
+// out *= what scales a whole row, channel or all. In double, where no order of these overflows or loses bits.
+__attribute__((noinline)) inline void apply_scales(
+    float* out, int64_t ld, int64_t count, int groups, const float* of_rows, const float* of_channels, float global) {
+  for (int64_t i = 0; i < count; i++) {
+    const __m512d row = _mm512_set1_pd(double(of_rows ? of_rows[i] : 1.0f) * double(global));
+    for (int c = 0; c < groups * 16; c += 8) {
+      __m512d v = _mm512_mul_pd(_mm512_cvtps_pd(_mm256_loadu_ps(out + i * ld + c)), row);
+      if (of_channels) v = _mm512_mul_pd(v, _mm512_cvtps_pd(_mm256_loadu_ps(of_channels + c)));
+      _mm256_storeu_ps(out + i * ld + c, _mm512_cvtpd_ps(v));
+    }
+  }
+}
+
+// `columns`: that share a scale of the weight, where those are not in the panel; K for PerChannel.
+inline constexpr int64_t scratch_bytes(int64_t k, int64_t columns = TILE_K) {
+  return (k + columns - 1) / columns * PANEL_CHANNELS * 8 + CHUNK_K * PANEL_CHANNELS * 2;
+}
+
+// Scales and encoded zero points of all groups of columns, 16 * GROUPS channels each. Meanwhile what a GEMV has not
+// prefetched of the panel is.
+template <int GROUPS, typename Weight, typename Fill>
+inline void collect(
+    const Fill& fill, int64_t k, int64_t columns, const uint8_t* panel, int first_group, float* scales,
+    int32_t* zeros) {
+  alignas(64) float scale[PANEL_CHANNELS], zero[PANEL_CHANNELS];
+  for (int64_t i = 0; i < k; i += columns, panel += 512, scales += 16 * GROUPS, zeros += 16 * GROUPS) {
+    for (int l = 0; l < 8; l++) _mm_prefetch(reinterpret_cast<const char*>(panel + AHEAD + l * 64), _MM_HINT_T1);
+    fill(i, GROUPS == 4 ? scales : scale, zero);
+    for (int v = 0; v < GROUPS; v++) {
+      if (GROUPS < 4) _mm512_store_ps(scales + v * 16, _mm512_load_ps(scale + (first_group + v) * 16));
+      if constexpr (Weight::ZERO_POINT)
+        _mm512_store_si512(zeros + v * 16, Weight::encoded(_mm512_load_ps(zero + (first_group + v) * 16)));
+    }
+  }
+}
+
+template <int GROUPS, int MOST, typename Weight, typename Scales, bool OF_COLUMNS>
+inline void multiply_rows(
+    const Operands& o, int64_t count, int64_t x_blocks, uint16_t* decoded, float* out, int64_t ld) {
+  if (MOST <= FEW || count <= FEW) {
+    with_rows<1, std::min(MOST, FEW)>(
+        count, [&](auto rows) { gemv<rows, GROUPS, Weight, Scales, OF_COLUMNS>(o, out, ld); });
+  } else if constexpr (MOST > FEW) {
+    gemm<GROUPS, MOST, Weight, Scales, OF_COLUMNS>(o, RowTiles(count), count, x_blocks, decoded, out, ld);
+  }
+}
+
+// out[i * ld + c] for `count` prepared rows and the 16 * GROUPS channels of a panel from 16 * first_group on.
+// Activation: OfRows or OfColumns, as the rows were prepared; Scales: InTile, PerChannel or PerGroup. `count` is at
+// most MOST.
+template <int GROUPS, int MOST, typename Weight, typename Activation, typename Scales>
+inline void tile(
+    const uint8_t* rows, int64_t count, int64_t k, const uint8_t* panel, int first_group, Activation activation,
+    const Scales& scales, uint8_t* scratch, float* out, int64_t ld) {
+  constexpr bool OF_COLUMNS = std::is_same_v<Activation, OfColumns>;
+  const float* x_scales = reinterpret_cast<const float*>(rows + scales_offset(count, k));
+  Operands o{panel, first_group, reinterpret_cast<const uint16_t*>(rows), x_scales, nullptr, nullptr, blocks_of(k), 0,
+             1.0f};
+  int64_t x_blocks = o.blocks;
+  if constexpr (OF_COLUMNS) x_blocks = blocks_of(activation.columns);
+  const float *of_rows = OF_COLUMNS ? nullptr : x_scales, *of_channels = nullptr;
+  float global = 1.0f;
+  uint16_t* decoded = reinterpret_cast<uint16_t*>(scratch);
+  if constexpr (InTileScales<Scales>::value) {
+    o.group_blocks = o.blocks;
+    (OF_COLUMNS ? o.x_factor : global) = scales.global;
+    multiply_rows<GROUPS, MOST, Weight, Scales, OF_COLUMNS>(o, count, x_blocks, decoded, out, ld);
+  } else {
+    constexpr bool OF_GROUPS = PerGroupScales<Scales>::value;
+    int64_t columns = k;
+    if constexpr (OF_GROUPS) {
+      columns = scales.columns;
+      for (int64_t i = 0; i < k; i += columns) scales.prefetch(i);
+    }
+    o.group_blocks = blocks_of(columns);
+    float* all = reinterpret_cast<float*>(scratch + CHUNK_K * PANEL_CHANNELS * 2);
+    int32_t* zeros = reinterpret_cast<int32_t*>(all + (k + columns - 1) / columns * GROUPS * 16);
+    collect<GROUPS, Weight>(scales.fill, k, columns, panel, first_group, all, zeros);
+    o.scales = all;
+    o.zeros = zeros;
+    if (!OF_GROUPS) of_channels = all;
+    using Kind = std::conditional_t<OF_GROUPS, OfGroups, OfChannels>;
+    multiply_rows<GROUPS, MOST, Weight, Kind, OF_COLUMNS>(o, count, x_blocks, decoded, out, ld);
+  }
+  if (of_rows || of_channels || global != 1.0f) apply_scales(out, ld, count, GROUPS, of_rows, of_channels, global);
+}
+
+}  // namespace quark::bf16
+
+#endif  // QUARK_AVX512 && __AVX512BF16__ && __AVX512VBMI__
+#endif  // QUARK_BF16_H

@@ -1,0 +1,89 @@
+"""bfloat16: what a Linear that is not quantized costs, eager and compiled by Inductor as well as it can."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from quark_inductor.peers.base import Peer, Prepared, activations, check, weight
+
+
+def linears(place: Any, copies: int) -> Any:
+    """That many ``nn.Linear`` in bfloat16, of the weight with its rows turned: no two hold the same numbers."""
+    import torch
+    from torch import nn
+
+    first = torch.from_numpy(weight(place.n, place.k)).bfloat16()
+    modules = []
+    for i in range(copies):
+        linear = nn.Linear(place.k, place.n, bias=False, device="meta")
+        linear.weight = nn.Parameter(first.roll(i, 0), requires_grad=False)
+        modules.append(linear)
+    return each(modules)
+
+
+def each(modules: list[Any]) -> Any:
+    """A module that gives each of ``modules`` its own activation of ``x [copies, M, K]``.
+
+    One tensor, so that guards cost what they cost in a model; an activation each, so that no compiler quantizes one for
+    all.
+    """
+    import torch
+    from torch import nn
+
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(modules)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [linear(own) for linear, own in zip(self.linears, x.unbind(0), strict=True)]
+
+    return Each().eval()
+
+
+def prepared(module: Any, place: Any, copies: int, m: int, **more: Any) -> Prepared:
+    """The call of a module made by :func:`each`, once it has given the right numbers."""
+    import torch
+
+    numbers = activations(copies, m, place.k)
+    x = torch.from_numpy(numbers).bfloat16()
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return module(x)
+
+    check(call()[0].float().numpy(), numbers[0], weight(place.n, place.k))
+    return Prepared(call=call, linears=copies, **more)
+
+
+class LinearBf16(Peer):
+    """``F.linear`` on bfloat16, eager: oneDNN."""
+
+    name = "bf16-linear"
+
+    def prepare(self, m: int) -> Prepared:
+        """No compiler."""
+        size = self.place.n * self.place.k * 2
+        copies = self.place.copies(size, m)
+        return prepared(linears(self.place, copies), self.place, copies, m, weight_bytes=size)
+
+
+class InductorBf16(Peer):
+    """``torch.compile`` of bfloat16, weights frozen and packed, the best of ATen and the C++ template."""
+
+    name = "bf16-inductor"
+    options: ClassVar[dict[str, str | int | bool | Callable[..., Any]]] = {
+        "freezing": True,
+        "max_autotune": True,
+        "max_autotune_gemm_backends": "ATEN,CPP",
+    }
+
+    def prepare(self, m: int) -> Prepared:
+        """Compiled for this number of tokens."""
+        import torch
+
+        # Frozen weights live as long as the code that reads them.
+        torch._dynamo.reset()
+        size = self.place.n * self.place.k * 2
+        copies = self.place.copies(size, m)
+        compiled = torch.compile(linears(self.place, copies), fullgraph=True, dynamic=False, options=self.options)
+        return prepared(compiled, self.place, copies, m, weight_bytes=size)

@@ -1,0 +1,87 @@
+"""The kernels of packed weights by themselves, without Inductor: random shapes and values against float64, in C++.
+
+Each harness packs random weights by the layout's description, prepares random activations (zero blocks, NaN,
+infinities, the tiniest and the largest numbers, outliers among them) and compares every result with a product in double
+of the operands that generic.h dequantizes, to 1e-6 of the sum of the magnitudes of what is added.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor import cpp_builder
+
+from quark_inductor.lowering import target
+
+HERE = Path(__file__).parent
+HEADERS = Path(target.__file__).parent / "cpp"
+HARNESSES = {"vnni": "avx512_vnni", "bf16": "avx512_bf16"}
+# Vector registers that a function keeps on the stack.
+_STACK = re.compile(r"vmov[a-z0-9]+ .*(?:%zmm\d+,.*\(%r[sb]p|\(%r[sb]p[^)]*\),%zmm)")
+# The loops that must not: the microkernels, by their names.
+_MICROKERNELS = re.compile(r"\b(?:gemv|multiply\w*|dot)<")
+
+
+def build(name: str, folder: Path, *flags: str) -> Path:
+    """A harness, for this CPU."""
+    if not target.current().has(HARNESSES[name]):
+        pytest.skip(f"this CPU has no {HARNESSES[name]}")
+    compiler = shutil.which(cpp_builder.get_cpp_compiler())
+    assert compiler
+    include = Path(torch.__file__).parent / "include"
+    program = folder / name
+    command = [compiler, "-std=c++17", "-march=native", "-fopenmp", "-DQUARK_AVX512", f"-I{HEADERS}", f"-I{include}"]
+    source = HERE / f"harness_{name}.cpp"
+    done = subprocess.run([*command, *flags, source, "-o", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    return program
+
+
+def run(program: Path, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_random_shapes_equal_float64(name: str, tmp_path: Path) -> None:
+    """Compiled with Inductor's flags, under which a NaN must stay one."""
+    flags = cpp_builder.CppTorchOptions(vec_isa=cpp_builder.invalid_vec_isa, warning_all=False).get_cflags()
+    program = build(name, tmp_path, *(f"-{flag}" for flag in flags if not flag.startswith(("D", "fPIC", "shared"))))
+    assert " 0 wrong" in run(program)
+    tool = shutil.which("objdump")
+    if tool is None:
+        pytest.skip("no objdump to look for spilled registers with")
+    text = subprocess.run(
+        [tool, "-dC", "--no-show-raw-insn", program], capture_output=True, text=True, check=True
+    ).stdout
+    spilling = []
+    for function in re.split(r"\n\n", text):
+        title, _, body = function.partition("\n")
+        if _MICROKERNELS.search(title) and "lambda" not in title:
+            if any(_STACK.search(line) for line in _inner_loops(body)):
+                spilling.append(title)
+    assert not spilling
+
+
+def _inner_loops(body: str) -> list[str]:
+    """The lines of a function from the target of a jump back to that jump, where no other such jump is between."""
+    lines = body.splitlines()
+    at = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*([0-9a-f]+):", line))}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"\sj[a-z]+\s+([0-9a-f]+)", line)
+        if jump and at.get(jump[1], i + 1) <= i:
+            loops.append(range(at[jump[1]], i + 1))
+    inner = [a for a in loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in loops)]
+    return [lines[i] for i in sorted({i for loop in inner for i in loop})]
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", HARNESSES)
+def test_the_sanitizers_find_nothing(name: str, tmp_path: Path) -> None:
+    flags = "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    assert " 0 wrong" in run(build(name, tmp_path, *flags))

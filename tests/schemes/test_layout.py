@@ -1,0 +1,135 @@
+"""Packed weights of a ``QuarkLinear``: nothing changes but the bytes' places, with a toy layout and with the CPU's."""
+
+import copy
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quark_inductor as qi
+from quark_inductor.schemes import layout
+from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.layout import Layout, Stored
+from quark_inductor.schemes.spec import PRESETS
+
+SCHEMES = sorted(name for name in PRESETS)
+N, K = 72, 128
+
+
+class Reversed(Layout):
+    """The bytes backwards, one tensor after the other."""
+
+    name, device_type, rows = "reversed", "meta", 1
+
+    def refuses(self, tensors: Sequence[Tensor], stored: Stored) -> str | None:
+        return None
+
+    def pack(self, tensors: Sequence[Tensor], stored: Stored) -> Tensor:
+        return torch.cat([t.contiguous().view(torch.uint8).flatten() for t in tensors]).flip(0)
+
+    def unpack(self, packed: Tensor, stored: Stored) -> list[Tensor]:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def toy() -> Iterator[None]:
+    layout.register_layout(Reversed)
+    yield
+    del layout._LAYOUTS["reversed"]
+
+
+def quantized(scheme: str, n: int = N) -> QuarkLinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, n, dtype=torch.bfloat16))
+    qi.quantize_(model, scheme, exclude=(), calibration=[torch.randn(5, K, dtype=torch.bfloat16)])
+    linear = model[0]
+    assert isinstance(linear, QuarkLinear)
+    return linear
+
+
+def bytes_of(tensors: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    return {
+        name: (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_packing_changes_no_number_and_no_checkpoint(scheme: str) -> None:
+    linear = quantized(scheme)
+    assert linear.packed is not None
+    assert "weight" not in dict(linear.named_parameters())
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    y, state = linear(x), bytes_of(linear.state_dict())
+    linear.unpack_()
+    assert linear.packed is None
+    assert bytes_of(linear.state_dict()) == state
+    assert torch.equal(linear(x), y)
+    # No byte more than the padding of N and K, here to 128 channels.
+    plain = sum(getattr(linear, name).nbytes for name in linear.scheme.stored(linear).names)  # type: ignore[union-attr]
+    linear.pack_()
+    assert linear.weight_packed.nbytes == plain * 128 // N
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8", "int8", "int4_wo_32"])
+def test_another_device_gets_the_checkpoint_s_layout(scheme: str) -> None:
+    linear = quantized(scheme)
+    names = set(linear.state_dict())
+    linear.to("meta")
+    assert linear.packed is None
+    assert set(dict(linear.named_parameters())) == names
+
+
+def test_a_layout_is_that_of_its_device(toy: None) -> None:
+    linear = quantized("mxfp4").to("meta")
+    assert linear.packed is not None
+    assert linear.packed[0].name == "reversed"
+    assert linear.weight_packed.shape == (N * (K // 2 + K // 32),)
+
+
+def test_a_name_is_taken_once(toy: None) -> None:
+    with pytest.raises(QuarkInductorError, match="two layouts are named 'reversed'"):
+        layout.register_layout(Reversed)
+    with pytest.raises(ValueError, match=r"no layout 'x'; expected one of panel64, reversed"):
+        layout.named("x")
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_a_packed_linear_is_copied_and_loaded(how: str) -> None:
+    linear = quantized("nvfp4")
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    if how == "deepcopy":
+        other = copy.deepcopy(linear)
+    elif how == "pickle":
+        file = io.BytesIO()
+        torch.save(linear, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = quantized("nvfp4")
+        for p in other.parameters():
+            p.data.zero_()
+        other.load_state_dict(linear.state_dict())
+    assert other.packed is not None
+    assert torch.equal(other(x), linear(x))
+
+
+def test_at_load_unpacks() -> None:
+    linear = quantized("mxfp4")
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    y = linear(x)
+    linear.dequantize_()
+    assert set(dict(linear.named_parameters())) == {"weight", "bias"}
+    assert torch.equal(linear(x), y)
+
+
+def test_what_no_layout_takes_stays_as_it_is() -> None:
+    linear = quantized("mxfp4")
+    linear.unpack_()
+    linear.weight_scale.data[3, 1] = 191  # 2^64: kernels of packed weights add exponents
+    linear.pack_()
+    assert linear.packed is None

@@ -179,7 +179,8 @@ def main() -> None:
                 continue
             checkpoint = directory / ("float" if way.startswith("bf16") else "quantized")
             command = [sys.executable, __file__, "--measure", way, str(checkpoint)]
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(directory / f"cache {way}")}
+            cache = directory / way.replace(" ", "-")
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
             runs = []
             for _ in range(2 if way.endswith("compiled") else 1):
                 done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -191,7 +192,7 @@ def main() -> None:
                 f"| {last['peak_mb']:.0f} | {last['weights_mb']:.0f} |",
                 flush=True,
             )
-            shutil.rmtree(directory / f"cache {way}", ignore_errors=True)
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 if __name__ == "__main__":

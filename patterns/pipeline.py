@@ -24,6 +24,7 @@ from quark_inductor.patterns.base import History, Options, PassResult, Refusal, 
 from quark_inductor.patterns.canonicalize import hoist_views
 from quark_inductor.patterns.cse import cse
 from quark_inductor.patterns.decode_attention import decode_attention
+from quark_inductor.patterns.decode_linear import decode_linear
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.patterns.leftovers import leftovers
 from quark_inductor.patterns.selection import LinearResult, select_providers
@@ -86,6 +87,7 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
         _timed("hoist_views", hoist_views, graph),
         _timed("cse", cse, graph),
         _timed("decode_attention", decode_attention, graph),
+        _timed("decode_linear", decode_linear, graph),
     ]
     history = History()
     for rule in registered_rules():

@@ -4,6 +4,7 @@ A scheme knows the tensors of one family of :class:`LinearSpec` and computes a L
 emulation. It holds no tensor itself; those live on the :class:`QuarkLinear`.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quark_inductor.schemes import ops
 from quark_inductor.schemes.activations import activation_quantizer
 from quark_inductor.schemes.errors import (
     CheckpointError,
@@ -21,7 +23,8 @@ from quark_inductor.schemes.errors import (
     TrainingError,
 )
 from quark_inductor.schemes.layout import Layout, Stored, layout_for
-from quark_inductor.schemes.ops import dtype_name
+from quark_inductor.schemes.ops import dtype_name, dtype_of
+from quark_inductor.schemes.plan import Plan, parse
 from quark_inductor.schemes.spec import LinearSpec, TensorSpec
 
 PER_CALL, AT_LOAD = "per_call", "at_load"
@@ -241,6 +244,7 @@ class QuarkLinear(nn.Module):
         emulation: when its weight is dequantized: ``"per_call"`` or, after :meth:`dequantize_`, ``"at_load"``.
         params_dtype: dtype of bias, floating-point scales and result.
         packed: the layout of its packed weight, and what was packed; ``None``: its parameters are the checkpoint's.
+        plan: how it computes with a packed weight, see :mod:`.plan`.
     """
 
     def __init__(
@@ -262,6 +266,7 @@ class QuarkLinear(nn.Module):
         self.emulation = PER_CALL
         self.merged: tuple[QuarkLinear, int] | None = None
         self.packed: tuple[Layout, Stored] | None = None
+        self.plan: str | None = None
         with torch.device(device or torch.get_default_device()):
             scheme.create_weights(
                 self,
@@ -368,11 +373,23 @@ class QuarkLinear(nn.Module):
         layout = layout_for(tensors[0].device.type, tensors, stored)
         if layout is None:
             return
-        packed = layout.pack(tensors, stored)
+        self._set_packed(layout, stored, layout.pack(tensors, stored))
+
+    def _set_packed(self, layout: Layout, stored: Stored, packed: Tensor) -> None:
         for name in stored.names:
             delattr(self, name)
         set_parameters(self, weight_packed=packed)
         self.packed = layout, stored
+        plan = Plan(
+            spec=self.scheme.spec,
+            dtype=dtype_name(self.params_dtype),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            names=tuple(name for name, p in self._parameters.items() if p is not None),
+            layout=layout.name,
+            stored=stored,
+        )
+        self.plan = plan.text()
 
     def _share_packed(self) -> None:
         """Of a merged Linear: its part of the packed weight of all."""
@@ -384,10 +401,7 @@ class QuarkLinear(nn.Module):
             return
         layout = fused.packed[0]
         part = fused.weight_packed.data.narrow(0, begin // layout.rows, -(-self.out_features // layout.rows))
-        for name in stored.names:
-            delattr(self, name)
-        set_parameters(self, weight_packed=part)
-        self.packed = layout, stored
+        self._set_packed(layout, stored, part)
 
     def unpack_(self) -> None:
         """The inverse of :meth:`pack_`."""
@@ -395,17 +409,13 @@ class QuarkLinear(nn.Module):
             return
         tensors = self._unpacked()
         del self.weight_packed
-        self.packed = None
+        self.packed = self.plan = None
         set_parameters(self, **tensors)
 
     def _unpacked(self) -> dict[str, Tensor]:
         """What was packed, by name."""
         assert self.packed is not None
-        layout, stored = self.packed
-        tensors = torch.ops.quark_inductor.unpack_weight(
-            self.weight_packed, layout.name, stored.format, stored.shape, stored.transposed
-        )
-        return dict(zip(stored.names, tensors, strict=True))
+        return _unpack(self.weight_packed, self.packed[0].name, self.packed[1])
 
     def weight_names(self) -> list[str]:
         """Names of the parameters that hold the weight: codes, scales, zero points."""
@@ -435,7 +445,8 @@ class QuarkLinear(nn.Module):
         # Also makes K a constant of the graph when every size is symbolic.
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the input's shape is {tuple(x.shape)}, this Linear takes {self.in_features} features")
-        if self.scheme.input is not None and x.requires_grad and torch.is_grad_enabled():
+        # In this order, so that nothing of the scheme is asked where no gradient is.
+        if x.requires_grad and torch.is_grad_enabled() and self.scheme.input is not None:
             raise TrainingError(
                 "a gradient was asked of the input of a Linear that quantizes it to codes, which have none. Quantized "
                 "Linears are for inference: call the model under torch.no_grad() or torch.inference_mode(), or "
@@ -445,8 +456,10 @@ class QuarkLinear(nn.Module):
             fused, begin = self.merged
             return fused(x).narrow(-1, begin, self.out_features)  # type: ignore[no-any-return]
         # 2-D first and a view last: then no view ever stands between a quantize and its GEMM.
-        layer = self if self.packed is None else _Unpacked(self)
-        y = self.scheme.apply_weights(layer, x.reshape(-1, self.in_features), self.bias)
+        if self.plan is not None:
+            tensors = [t for t in self._parameters.values() if t is not None]
+            return torch.ops.quark_inductor.linear(x, tensors, self.plan)  # type: ignore[no-any-return]
+        y = self.scheme.apply_weights(self, x.reshape(-1, self.in_features), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -512,13 +525,40 @@ class QuarkLinear(nn.Module):
         )
 
 
+def _unpack(packed: Tensor, layout: str, stored: Stored) -> dict[str, Tensor]:
+    unpack = torch.ops.quark_inductor.unpack_weight
+    tensors = unpack(packed, layout, stored.format, stored.shape, stored.transposed)
+    return dict(zip(stored.names, tensors, strict=True))
+
+
 class _Unpacked:
     """What a scheme reads of a Linear whose weight is packed: its tensors as the checkpoint has them."""
 
-    def __init__(self, layer: QuarkLinear) -> None:
-        self.params_dtype, self.emulation = layer.params_dtype, layer.emulation
-        for name, tensor in (*layer._parameters.items(), *layer._buffers.items(), *layer._unpacked().items()):
-            setattr(self, name, tensor)
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor]) -> None:
+        named = dict(zip(plan.names, tensors, strict=True))
+        self.params_dtype, self.emulation = dtype_of(plan.dtype), PER_CALL
+        self.bias = named.get("bias")
+        vars(self).update({**named, **_unpack(named["weight_packed"], plan.layout, plan.stored)})
+
+
+@functools.cache
+def _planned(text: str) -> tuple[Plan, QuarkScheme]:
+    plan = parse(text)
+    return plan, scheme_for(plan.spec)
+
+
+def linear(x: Tensor, tensors: Sequence[Tensor], plan: str) -> Tensor:
+    """A packed Linear: ``x [..., K]`` to ``[..., N]``, in plain ops and those of :mod:`.ops`; see :mod:`.plan`."""
+    found, scheme = _planned(plan)
+    layer = _Unpacked(found, tensors)
+    # 2-D first and a view last: then no view ever stands between a quantize and its GEMM.
+    y = scheme.apply_weights(layer, x.reshape(-1, found.in_features), layer.bias)
+    return y.view(*x.shape[:-1], found.out_features)
+
+
+# Composite: whoever traces it sees what it is made of.
+ops.lib.define("linear(Tensor x, Tensor[] tensors, str plan) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+ops.lib.impl("linear", linear, "CompositeImplicitAutograd")
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -21,10 +21,9 @@ def linears(place: Any, copies: int) -> Any:
 
 
 def each(modules: list[Any]) -> Any:
-    """A module that gives each of ``modules`` its own activation of ``x [copies, M, K]``.
+    """A module that gives all of ``modules`` one activation.
 
-    One tensor, so that guards cost what they cost in a model; an activation each, so that no compiler quantizes one for
-    all.
+    A compiler may quantize it once for all of them. This package does not: each of its kernels does it anew.
     """
     import torch
     from torch import nn
@@ -35,7 +34,7 @@ def each(modules: list[Any]) -> Any:
             self.linears = nn.ModuleList(modules)
 
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [linear(own) for linear, own in zip(self.linears, x.unbind(0), strict=True)]
+            return [linear(x) for linear in self.linears]
 
     return Each().eval()
 
@@ -44,14 +43,14 @@ def prepared(module: Any, place: Any, copies: int, m: int, **more: Any) -> Prepa
     """The call of a module made by :func:`each`, once it has given the right numbers."""
     import torch
 
-    numbers = activations(copies, m, place.k)
+    numbers = activations(1, m, place.k)[0]
     x = torch.from_numpy(numbers).bfloat16()
 
     def call() -> Any:
         with torch.inference_mode():
             return module(x)
 
-    check(call()[0].float().numpy(), numbers[0], weight(place.n, place.k))
+    check(call()[0].float().numpy(), numbers, weight(place.n, place.k))
     return Prepared(call=call, linears=copies, **more)
 
 

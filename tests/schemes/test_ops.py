@@ -24,6 +24,7 @@ NAMES = [
     "block_dequantize",
     "block_quantize",
     "int4_unpack",
+    "linear",
     "prologue_gemm",
     "quantized_gemm",
     "unpack_weight",

@@ -6,12 +6,14 @@ The Linears of a Llama's block (q, k, v, o, gate, up, down, with silu and a norm
 token and sixteen, apart and merged, interleaved in one run: median milliseconds and their ratio.
 """
 
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cpu_fused import interleaved
 from torch import Tensor, nn
 
 import quark_inductor as qi
@@ -20,6 +22,7 @@ SCHEMES = ("mxfp4", "ptpc_fp8", "nvfp4")
 # Hidden size, key-value width, intermediate size.
 SIZES = {"SmolLM2-135M": (576, 192, 1536), "Llama-8B": (4096, 1024, 14336)}
 TOKENS = (1, 16)
+SECONDS = 0.5
 
 
 class Block(nn.Module):
@@ -40,6 +43,20 @@ class Block(nn.Module):
         x = self.norm(x)
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
+
+
+def interleaved(calls: list[Callable[[], Tensor]]) -> list[tuple[float, float]]:
+    """Median and spread (a quarter to three quarters) of each call's milliseconds."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + SECONDS * len(calls)
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, mine in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            mine.append((time.perf_counter() - start) * 1e3)
+    return [(statistics.median(t), statistics.quantiles(t, n=4)[2] - statistics.quantiles(t, n=4)[0]) for t in times]
 
 
 @torch.inference_mode()

@@ -98,7 +98,10 @@ class QuarkScheme(ABC):
         return self.quantize_weight(weight)
 
     def stored(self, layer: Any) -> Stored | None:
-        """How the parameters hold the weight's codes; ``None``: in a way that no layout packs."""
+        """How the parameters hold the weight's codes; ``None``: in a way that no layout packs.
+
+        Groups of other than multiples of 8 columns are none: kernels decode 8 at a time.
+        """
         return None
 
     def adapt_to(self, layer: Any, arch: str) -> None:

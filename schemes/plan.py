@@ -1,8 +1,8 @@
 """How a packed Linear computes, as one string: all that Dynamo has to compare before each call of compiled code.
 
-Of a module whose code it traces Dynamo guards every attribute that the code reads, 20 us a Linear: more than the kernels
-of a small model take. What a packed Linear reads does not change, so it hands its tensors and a string to one op,
-``quark_inductor::linear``, which is plain ops again as soon as the graph is traced.
+Of a module whose code it traces Dynamo guards every attribute that the code reads, 20 us a Linear: more than the
+kernels of a small model take. What a packed Linear reads does not change, so it hands its tensors and a string to one
+op, ``quark_inductor::linear``, which is plain ops again as soon as the graph is traced.
 """
 
 import json

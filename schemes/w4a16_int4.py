@@ -61,10 +61,12 @@ class QuarkW4A16Int4(QuarkScheme):
             "weight_zero_point": torch.empty(zero_points, dtype=torch.int32),
         }
 
-    def stored(self, layer: Any) -> Stored:
+    def stored(self, layer: Any) -> Stored | None:
         """Codes ``[N, K/8]``, by groups ``[K, N/8]``."""
         format = int4.format_of(self.weight.dtype, self.spec.pack_method)
         by_groups = self.weight.group_size is not None
+        if (self.weight.group_size or 0) % 8:
+            return None
         return Stored(format=format, shape=tuple(layer.weight.shape), transposed=by_groups)
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:

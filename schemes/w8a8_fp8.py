@@ -90,6 +90,8 @@ class QuarkW8A8Fp8(QuarkScheme):
     def stored(self, layer: Any) -> Stored | None:
         """Codes ``[N, K]``."""
         format = fp8_format(layer.weight.dtype)
+        if self.weight.block_size is not None and self.weight.block_size[1] % 8:
+            return None
         return None if format is None else Stored(format=format, shape=tuple(layer.weight.shape))
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:

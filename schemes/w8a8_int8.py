@@ -80,9 +80,11 @@ class QuarkW8A8Int8(QuarkScheme):
                 "azp_adj", integers.double().sum(1, keepdim=True).t().to(torch.int32), persistent=False
             )
 
-    def stored(self, layer: Any) -> Stored:
+    def stored(self, layer: Any) -> Stored | None:
         """Codes ``[N, K]``, by groups ``[K, N]``."""
         by_groups = self.weight.group_size is not None
+        if (self.weight.group_size or 0) % 8:
+            return None
         return Stored(format=self.weight.dtype, shape=tuple(layer.weight.shape), transposed=by_groups)
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:

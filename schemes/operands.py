@@ -99,6 +99,16 @@ def check_activation(format: str, scale_rule: str | None = None) -> None:
         raise ValueError(f"there is no scale rule {scale_rule!r} for {format}; expected one of {', '.join(rules)}")
 
 
+def codes_dtype(format: str) -> torch.dtype:
+    """The dtype of a weight's codes."""
+    check_weight(format)
+    if format in BLOCK_FORMATS:
+        return BLOCK_FORMATS[format].codes_dtype
+    if (of_fp8 := fp8_weight(format)) is not None:
+        return of_fp8[0]
+    return {"int8": torch.int8, "uint8": torch.uint8}.get(format, torch.int32)
+
+
 def features(weight: Sequence[int], scale_ndim: int, format: str) -> tuple[int, int]:
     """``(N, K)`` of a weight from the shape of its codes and how many dimensions its scale has."""
     *_, rows, entries = weight

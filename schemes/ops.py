@@ -72,7 +72,10 @@ def unpack_weight(
 ) -> list[Tensor]:
     """What a packed weight was packed from: its codes, and a block format's scales. See :class:`.layout.Layout`."""
     stored = layout.Stored(format=weight_format, shape=tuple(weight_shape), transposed=transposed)
-    return layout.named(weight_layout).unpack(packed, stored)
+    own = packed.untyped_storage()._cdata
+    # An op's result is not a view of what it got, even where the bytes are in order already.
+    tensors = layout.named(weight_layout).unpack(packed, stored)
+    return [t.clone() if t.untyped_storage()._cdata == own else t for t in tensors]
 
 
 def weight_only_gemm(
@@ -211,6 +214,17 @@ def _fake_int4_unpack(packed: Tensor, format: str) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 8))
 
 
+def _fake_unpack_weight(
+    packed: Tensor, weight_layout: str, weight_format: str, weight_shape: Sequence[int], transposed: bool
+) -> list[Tensor]:
+    codes = packed.new_empty(weight_shape, dtype=operands.codes_dtype(weight_format))
+    if weight_format not in block.BLOCK_FORMATS:
+        return [codes]
+    f = block.named(weight_format)
+    n, k = weight_shape[0], f.unpacked(weight_shape[1])
+    return [codes, packed.new_empty((n, k // f.size), dtype=f.scales_dtype)]
+
+
 def _fake_of(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     signature = inspect.signature(gemm)
 
@@ -254,7 +268,7 @@ _register(
     "unpack_weight(Tensor packed, str weight_layout, str weight_format, int[] weight_shape, bool transposed) "
     "-> Tensor[]",
     unpack_weight,
-    unpack_weight,
+    _fake_unpack_weight,
 )
 _WEIGHT = "Tensor weight, Tensor? weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
 _PACKED = 'str weight_layout="", int weight_rows=0, int weight_columns=0'

@@ -14,6 +14,7 @@ from quark_inductor.schemes import layout
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import QuarkInductorError
 from quark_inductor.schemes.layout import Layout, Stored
+from quark_inductor.schemes.plan import parse
 from quark_inductor.schemes.spec import PRESETS
 
 SCHEMES = sorted(name for name in PRESETS)
@@ -133,3 +134,52 @@ def test_what_no_layout_takes_stays_as_it_is() -> None:
     linear.weight_scale.data[3, 1] = 191  # 2^64: kernels of packed weights add exponents
     linear.pack_()
     assert linear.packed is None
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "mxfp6_e2m3", "ptpc_fp8", "fp8_block128", "int8", "int4_fp8"])
+def test_the_op_that_compiled_code_calls(scheme: str) -> None:
+    """Composite: opcheck sees what it is made of, with static and with symbolic sizes."""
+    linear = quantized(scheme)
+    tensors = [p.data for p in linear.parameters()]
+    # Not test_schema: of a composite op it looks at every result inside, and cannot compare FP8.
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    x = torch.randn(2, 3, K, dtype=torch.bfloat16)
+    args = x, tensors, linear.plan
+    torch.library.opcheck(torch.ops.quark_inductor.linear.default, args, test_utils=checks)
+    packed = torch.ops.quark_inductor.linear(*args)
+    linear.unpack_()
+    assert torch.equal(packed, linear(x))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [("mxfp4", "mxfp4"), ("ptpc_fp8", "fp8_e4m3"), ("int8_weight_only", "int8"), ("int4_wo_32", "int4")],
+)
+def test_a_fused_gemm_reads_a_packed_weight(scheme: str, format: str) -> None:
+    """The eager form of the op that rules make, of both layouts."""
+    linear = quantized(scheme)
+    assert linear.packed is not None
+    rows, columns = linear.packed[1].shape
+    named = {"weight_scale_2": None, "weight_zero_point": None, **linear.state_dict()}
+    x, gemm = torch.randn(5, K, dtype=torch.bfloat16), torch.ops.quark_inductor.weight_only_gemm
+    rest = named["weight_scale_2"], named["weight_zero_point"], named["bias"], format
+    plain = gemm(x, named["weight"], named["weight_scale"], *rest)
+    scale = None if "weight_scale" in linear.packed[1].names else named["weight_scale"]
+    args = x, linear.weight_packed.data, scale, *rest, "panel64", rows, columns
+    assert torch.equal(gemm(*args), plain)
+    torch.library.opcheck(gemm.default, args, test_utils=["test_faketensor"])
+
+
+def test_a_plan_is_read_as_it_was_written() -> None:
+    for scheme in SCHEMES:
+        plan = quantized(scheme).plan
+        assert plan is not None
+        assert parse(plan).text() == plan
+
+
+def test_a_packed_parameter_is_not_replaced_by_accident() -> None:
+    linear = quantized("mxfp4")
+    with pytest.raises(QuarkInductorError, match="weight is packed as panel64: call unpack_"):
+        linear.weight = nn.Parameter(torch.zeros(N, K // 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AttributeError, match="no attribute 'weight_zero_point'"):
+        _ = linear.weight_zero_point

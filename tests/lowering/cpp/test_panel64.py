@@ -120,3 +120,12 @@ def test_refusals() -> None:
     assert LAYOUT.refuses([torch.zeros(4, 32, dtype=torch.uint8), scales], stored) == "it has block scales above 2^63"
     fnuz = Stored(format="fp8_e4m3fnuz", shape=(4, 32))
     assert LAYOUT.refuses([torch.zeros(4, 32, dtype=torch.float8_e4m3fnuz)], fnuz) == "fp8_e4m3fnuz is for GPUs"
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES[:3])
+def test_the_op_knows_its_results_without_the_bytes(n: int, k: int) -> None:
+    """Schema, fake and eager implementation agree, for every kind of weight."""
+    for stored, tensors in cases(n, k):
+        packed = LAYOUT.pack(tensors, stored)
+        args = packed, "panel64", stored.format, list(stored.shape), stored.transposed
+        torch.library.opcheck(torch.ops.quark_inductor.unpack_weight.default, args, test_utils="test_faketensor")

@@ -151,6 +151,7 @@ def finish(model: nn.Module, emulation: str) -> None:
             module.dequantize_()
         else:
             module.pack_()
+            _return_freed_memory()
     if emulation == AT_LOAD:
         floats = sum(p.nbytes for m in quantized.values() for p in m.parameters())
         log.warning(

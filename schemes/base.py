@@ -383,6 +383,13 @@ class QuarkLinear(nn.Module):
             delattr(self, name)
         set_parameters(self, weight_packed=packed)
         self.packed = layout, stored
+        self._replan()
+
+    def _replan(self) -> None:
+        """Write the plan anew: something that it is about has changed."""
+        if self.__dict__.get("packed") is None:
+            return
+        layout, stored = self.packed  # type: ignore[misc]
         plan = Plan(
             spec=self.scheme.spec,
             dtype=dtype_name(self.params_dtype),
@@ -501,6 +508,12 @@ class QuarkLinear(nn.Module):
         if packed is not None and name in packed[1].names:
             raise QuarkInductorError(f"{name} is packed as {packed[0].name}: call unpack_() before you set it")
         super().register_parameter(name, param)
+        self._replan()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("scheme", "params_dtype", "bias"):
+            self._replan()
 
     def _device(self) -> torch.device:
         return next(self.parameters(recurse=False)).device

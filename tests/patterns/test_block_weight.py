@@ -57,7 +57,8 @@ def test_fuses_once(rewrite: Callable[..., Any], format: str, dtype: torch.dtype
     arguments = done.arguments("weight_only_gemm")
     assert arguments["weight_format"] == format
     given = {name for name, argument in arguments.items() if argument is not None}
-    expected = {"x", "weight", "weight_scale", "weight_format"}
+    # The last three say that the weight is not packed.
+    expected = {"x", "weight", "weight_scale", "weight_format", "weight_layout", "weight_rows", "weight_columns"}
     expected |= {"weight_scale_2"} if BLOCK_FORMATS[format].has_global_scale else set()
     assert given == expected | ({"bias"} if bias else set())
     assert torch.equal(done.output, model(x))

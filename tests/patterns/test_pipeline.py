@@ -48,7 +48,7 @@ def test_every_linear_of_a_model_has_its_name(rewrite: Callable[..., Any], name:
     model = quark_inductor.load(FIXTURES / name)
     linears = {n for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
     done = rewrite(model, torch.arange(12).reshape(2, 6), provider="emulation")
-    assert done.fused().keys() <= {"block_quantize", "block_dequantize"}
+    assert done.fused().keys() <= {"block_quantize", "block_dequantize", "unpack_weight"}
     assert len(done.result.unfused) == 14
     assert {u.layer for u in done.result.unfused} == linears
     assert {u.reason for u in done.result.unfused} == {EMULATED}
@@ -184,7 +184,7 @@ def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
     assert done.fused() == {}
     assert done.result.unfused == ()
     # Nothing matched, and every pass says so.
-    others = {"hoist_views", "cse", "select_providers"}
+    others = {"hoist_views", "cse", "decode_attention", "decode_linear", "select_providers"}
     rules = {rule.name for rule in registered_rules()}
     assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | others}
     assert done.result.linears == done.result.left == ()

@@ -136,10 +136,11 @@ def test_merged_linears_are_one_gemm(scheme: str) -> None:
     model, logits = quantized("Llama", scheme)
     before = logits(IDS)
     found = qi.merge_shared_input_(model)
-    assert set(found.values()) == {""}
-    assert len(found) == 2 * LAYERS
+    # The keys and values of this model are narrower than a panel.
+    narrow = "[64, 32, 32] output features are packed by 64, which must divide them"
+    assert list(found.values()) == [narrow, ""] * LAYERS
     assert torch.equal(logits(IDS), before)
     done = rewrite(logits, IDS)
-    # qkv, o, gate and up, down.
-    assert done.fused == {"prologue_gemm": 4 * LAYERS}
+    # q, k, v, o, gate and up, down.
+    assert done.fused == {"prologue_gemm": 6 * LAYERS}
     torch.testing.assert_close(done.output, before, rtol=0, atol=1e-6)

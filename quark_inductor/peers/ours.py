@@ -80,7 +80,8 @@ class _Compiled(Peer):
             linears=copies,
             weight_bytes=size,
             provider="+".join(ran) or "emulation",
-            huge_pages=huge_page_share(t.data_ptr() for t in tensors),
+            # Of the codes: what is small lies elsewhere.
+            huge_pages=huge_page_share(t.data_ptr() for t in tensors if t.nbytes > size // 2),
             read=read,
         )
 

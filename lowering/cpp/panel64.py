@@ -88,8 +88,10 @@ class Panel64(Layout):
         """See :class:`Layout`."""
         n, k = _features(stored)
         scales = ROWS * scale_bytes(stored.format)
-        codes = _in_order(packed[:, :, scales:], stored.format)[:n, :k]
-        tensors = [_stored_codes(codes, stored)]
+        if stored.format in BLOCK_FORMATS and bits(stored.format) == 4:
+            tensors = [_fp4_in_order(packed[:, :, scales:])[:n, : k // 2]]
+        else:
+            tensors = [_stored_codes(_in_order(packed[:, :, scales:], stored.format)[:n, :k], stored)]
         if scales:
             f = BLOCK_FORMATS[stored.format]
             blocks = packed[:, :, :scales].unflatten(2, (-1, ROWS)).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
@@ -168,6 +170,14 @@ def _arranged(codes: Tensor, format: str) -> Tensor:
     pairs = quads.unflatten(-1, (2, 2)).unflatten(5, (4, 4)).permute(0, 1, 2, 3, 4, 5, 7, 6, 8)
     ordered = pairs.reshape(panels, tiles, -1)
     return fp6.pack(ordered.to(torch.int32)) if bits(format) == 6 else ordered
+
+
+def _fp4_in_order(packed: Tensor) -> Tensor:
+    """The inverse of :func:`_arranged` of two codes a byte, without taking them apart: uint8 ``[N, K / 2]``."""
+    panels, tiles = packed.shape[:2]
+    even, odd = packed.reshape(panels, tiles, 4, 4, 16, 2, 2).unbind(5)
+    both = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), -1)
+    return both.permute(0, 2, 4, 1, 3, 5, 6).reshape(panels * ROWS, tiles * COLUMNS // 2)
 
 
 def _in_order(packed: Tensor, format: str) -> Tensor:

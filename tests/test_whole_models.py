@@ -136,11 +136,12 @@ def test_merged_linears_are_one_gemm(scheme: str) -> None:
     model, logits = quantized("Llama", scheme)
     before = logits(IDS)
     found = qi.merge_shared_input_(model)
-    # The keys and values of this model are narrower than a panel.
+    # Weights are packed by 64 channels; the keys and values of the random models have 32.
     narrow = "[64, 32, 32] output features are packed by 64, which must divide them"
-    assert list(found.values()) == [narrow, ""] * LAYERS
+    checkpoint = ("Llama", scheme) in CHECKPOINTS
+    assert list(found.values()) == ["" if checkpoint else narrow, ""] * LAYERS
     assert torch.equal(logits(IDS), before)
     done = rewrite(logits, IDS)
-    # q, k, v, o, gate and up, down.
-    assert done.fused == {"prologue_gemm": 6 * LAYERS}
+    # q, k and v, or each of them; o; gate and up; down.
+    assert done.fused == {"prologue_gemm": (4 if checkpoint else 6) * LAYERS}
     torch.testing.assert_close(done.output, before, rtol=0, atol=1e-6)

@@ -20,7 +20,7 @@ def kernel(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Ke
     panel = -(-problem.k // COLUMNS) * tile_bytes(problem.weight_format)
     return Kernel(
         namespace="bf16",
-        headers=("generic", "bf16"),
+        headers=("generic", "panels", "bf16_codes", "bf16"),
         prepare=f"{prepare}rows, i, count)",
         tile=(
             f"const auto scales = {scales}; quark::bf16::tile<NT / 16, MT, quark::bf16::{code_type(problem)}>(rows, "

@@ -1,4 +1,4 @@
-// Needs common.h and generic.h before it.
+// Needs common.h, generic.h and panels.h before it.
 // What the GEMMs by integer dot products of AVX-512 VNNI have in common: vnni_mxfp4.h, vnni_nvfp4.h, vnni_int8.h, on
 // weights packed in panels of 64 output channels (panel64.py: one sequential stream of tiles of 64 channels x 32 k, each
 // [block scales][codes]).
@@ -10,73 +10,16 @@
 #ifndef QUARK_VNNI_H
 #define QUARK_VNNI_H
 #if defined(QUARK_AVX512)
-#include <immintrin.h>
 
 namespace quark::vnni {
 
-constexpr int64_t TILE_K = 32;
-
-// Rows in tiles of at most `most`, as even as possible: 13 rows by 6 are 5 + 4 + 4.
-struct RowTiles {
-  int64_t tiles, base, larger;  // the first `larger` tiles have base + 1 rows
-
-  RowTiles(int64_t count, int64_t most)
-      : tiles(std::max<int64_t>((count + most - 1) / most, 1)), base(count / tiles), larger(count % tiles) {}
-
-  int64_t first(int64_t tile) const { return tile * base + std::min(tile, larger); }
-  int64_t size(int64_t tile) const { return base + (tile < larger); }
-  int64_t of(int64_t row) const {
-    const int64_t in_larger = larger * (base + 1);
-    return row < in_larger ? row / (base + 1) : larger + (row - in_larger) / base;
-  }
-};
-
-// f(integral_constant<int, rows>) for LEAST <= rows <= MOST.
-template <int LEAST, int MOST, typename F>
-inline void with_rows(int64_t rows, F&& f) {
-  if constexpr (LEAST < MOST)
-    if (rows > LEAST) return with_rows<LEAST + 1, MOST>(rows, f);
-  f(std::integral_constant<int, LEAST>());
-}
-
-// The next chunk of a panel, fetched into L2 a few lines at a time while this one is multiplied.
-struct Prefetch {
-  const uint8_t* at;
-  const uint8_t* end;
-  int64_t lines;  // a step
-
-  Prefetch(const uint8_t* begin, int64_t bytes, int64_t steps)
-      : at(begin), end(begin + bytes), lines((bytes / 64 + steps - 1) / steps) {}
-
-  __attribute__((always_inline)) void step() {
-    for (int64_t i = 0; i < lines; i++) _mm_prefetch(reinterpret_cast<const char*>(at + i * 64), _MM_HINT_T1);
-    at += lines * 64;
-    if (at >= end) lines = 0;
-  }
-};
-
-// Inlined always: gcc takes a function that only prefetches for one without effects, and calls to it for dead.
-template <int LINES>
-__attribute__((always_inline)) inline void prefetch(const uint8_t* p) {
-#pragma GCC unroll 32
-  for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(p + i * 64), _MM_HINT_T0);
-}
+using namespace panels;
 
 // 4 neighbouring activation codes, in every lane.
 inline __m512i quad(const int8_t* codes) {
   int32_t four;
   std::memcpy(&four, codes, 4);
   return _mm512_set1_epi32(four);
-}
-
-inline __m512i bytes16(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-inline __m512i zero_register() {
-  __m512i zero = _mm512_setzero_si512();
-  asm volatile("" : "+v"(zero));  // else gcc shares one register among accumulators and spills them
-  return zero;
 }
 
 inline int32_t* ints(uint8_t* p) { return reinterpret_cast<int32_t*>(p); }

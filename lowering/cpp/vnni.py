@@ -52,7 +52,8 @@ def _int8(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Ker
     else:
         grid = f"quark::generic::Grid{{{given_scale(problem)}, {zero_point}}}"
         if problem.scale_rule != "given":
-            grid = f"integer_grid<{low}, {high}, {str(problem.scale_rule == 'symmetric').lower()}>(x + m * K, K)"
+            symmetric = str(problem.scale_rule == "symmetric").lower()
+            grid = f"quark::panels::integer_grid<{low}, {high}, {symmetric}>(x + m * K, K)"
         prepare = f"quantize<{low}, {high}>(x + m * K, K, {grid}, rows, i, count)"
     beside = scales_beside(problem, inputs)
     offset = 128 if problem.weight_format == "int8" else 0
@@ -69,7 +70,7 @@ def _kernel(problem: GemmProblem, family: str, prepare: str, more: str, channels
     panel = -(-problem.k // COLUMNS) * tile_bytes(problem.weight_format)
     return Kernel(
         namespace=f"vnni::{family}",
-        headers=("generic", "vnni", f"vnni_{family}"),
+        headers=("generic", "panels", "vnni", f"vnni_{family}"),
         prepare=prepare,
         tile=(
             f"{before}quark::vnni::{family}::tile<NT / 16, MT>(rows, count, K, weight + n_start / 64 * {panel}, "

@@ -1,4 +1,4 @@
-// Needs common.h, generic.h and vnni.h before it.
+// Needs common.h, generic.h, panels.h and vnni.h before it.
 // INT8 and UINT8 by INT8 and UINT8: one exact integer dot product a result.
 #ifndef QUARK_VNNI_INT8_H
 #define QUARK_VNNI_INT8_H
@@ -47,22 +47,6 @@ inline void set_row(const Layout& l, uint8_t* rows, int64_t i, float scale, int3
   std::memcpy(rows + l.scales + i * 4, &scale, 4);
   ints(rows + l.sums)[i] = sum;
   ints(rows + l.zeros)[i] = zero;
-}
-
-// generic::integer_grid of a row.
-template <int LOW, int HIGH, bool SYMMETRIC, typename T>
-inline generic::Grid integer_grid(const T* x, int64_t k) {
-  __m512 smallest = _mm512_setzero_ps(), largest = smallest;
-  __mmask16 nan = 0;
-  for (int64_t i = 0; i < k; i += 16) {
-    const __m512 v = load16(x + i, k - i);
-    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    smallest = _mm512_min_ps(smallest, v);
-    largest = _mm512_max_ps(largest, v);
-  }
-  const float quiet = std::numeric_limits<float>::quiet_NaN();
-  const T ends[2] = {T(nan ? quiet : _mm512_reduce_min_ps(smallest)), T(nan ? quiet : _mm512_reduce_max_ps(largest))};
-  return generic::integer_grid<LOW, HIGH, SYMMETRIC>(ends, 2);
 }
 
 // Row i of `count`, to be quantized as generic::quantize_integers does it. With a given scale infinity is the last code
@@ -184,7 +168,7 @@ __attribute__((noinline)) void gemv(const int8_t* a, const uint8_t* w, int64_t s
 #pragma GCC unroll 6
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; g++) sum[m][g] = zero_register();
+    for (int g = 0; g < GROUPS; g++) sum[m][g] = zero_register<__m512i>();
   for (int64_t s = 0; s < steps; s++, a += MR * TILE_K, w += TILE) {
     multiply_tile<true, MR, GROUPS>(a, w, sum);
   }

@@ -1,4 +1,4 @@
-// Needs common.h, generic.h and vnni.h before it.
+// Needs common.h, generic.h, panels.h and vnni.h before it.
 // MXFP4 x MXFP4: exact integer dot products of blocks of 32, whose scales are sums of exponents.
 #ifndef QUARK_VNNI_MXFP4_H
 #define QUARK_VNNI_MXFP4_H
@@ -474,7 +474,7 @@ __attribute__((noinline)) void multiply_shifted(
 #pragma GCC unroll 6
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) sum[m][v] = zero_register();
+    for (int v = 0; v < NV; v++) sum[m][v] = zero_register<__m512i>();
   for (int64_t b = 0; b < blocks; b++) {
     __m512i total[MR][NV];
     next.step();

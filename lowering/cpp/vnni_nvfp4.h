@@ -1,4 +1,4 @@
-// Needs common.h, generic.h and vnni.h before it.
+// Needs common.h, generic.h, panels.h and vnni.h before it.
 // NVFP4 x NVFP4: exact integer dot products of blocks of 16, under two E4M3 scales and two global ones.
 #ifndef QUARK_VNNI_NVFP4_H
 #define QUARK_VNNI_NVFP4_H
@@ -474,7 +474,7 @@ __attribute__((noinline)) void multiply_pairs(
 #pragma GCC unroll 4
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) sum[m][v] = zero_register();
+    for (int v = 0; v < NV; v++) sum[m][v] = zero_register<__m512i>();
   for (int64_t s = 0; s < steps; s++) {
     __m512i first[MR][NV], second[MR][NV];
     next.step();

@@ -3,6 +3,8 @@
 //   g++ -std=c++17 -O3 -march=native -DQUARK_AVX512 -I<torch include> -Ilowering/cpp harness_bf16.cpp
 #include "common.h"
 #include "generic.h"
+#include "panels.h"
+#include "bf16_codes.h"
 #include "bf16.h"
 
 #include <sys/mman.h>

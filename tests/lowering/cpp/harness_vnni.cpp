@@ -4,6 +4,7 @@
 //   ./a.out [rounds of random shapes]        ./a.out bench [M [mxfp4 | nvfp4 | int8]]
 #include "common.h"
 #include "generic.h"
+#include "panels.h"
 #include "vnni.h"
 #include "vnni_int8.h"
 #include "vnni_mxfp4.h"
@@ -390,7 +391,7 @@ void check_int8_by() {
     }
     c.prepare = [&](int64_t m, uint8_t* rows, int64_t i, int64_t count) {
       const T* row = x.data() + m * c.k;
-      const generic::Grid grid = kind == 1 ? given : vnni::int8::integer_grid<LOW, HIGH, SYMMETRIC>(row, c.k);
+      const generic::Grid grid = kind == 1 ? given : quark::panels::integer_grid<LOW, HIGH, SYMMETRIC>(row, c.k);
       vnni::int8::quantize<LOW, HIGH>(row, c.k, grid, rows, i, count);
     };
   }
@@ -447,7 +448,7 @@ __attribute__((noinline)) void raw_read(const uint8_t* p, int64_t bytes) {
 __attribute__((noinline)) double peak() {
   constexpr int64_t steps = 20000;
   __m512i sum[12], u = _mm512_set1_epi8(1), s = u;
-  for (auto& v : sum) v = quark::vnni::zero_register();
+  for (auto& v : sum) v = quark::vnni::zero_register<__m512i>();
   const double t = now();
   for (int64_t i = 0; i < steps; i++) {
 #pragma GCC unroll 12
@@ -591,8 +592,8 @@ void bench_int8(int64_t n, int64_t k, bool symmetric) {
           [&](int64_t m, uint8_t* r, int64_t i, int64_t count) {
             const at::BFloat16* row = x.data() + m * k;
             if (symmetric)
-              vnni::int8::quantize<-128, 127>(row, k, vnni::int8::integer_grid<-128, 127, true>(row, k), r, i, count);
-            else vnni::int8::quantize<0, 255>(row, k, vnni::int8::integer_grid<0, 255, false>(row, k), r, i, count);
+              vnni::int8::quantize<-128, 127>(row, k, quark::panels::integer_grid<-128, 127, true>(row, k), r, i, count);
+            else vnni::int8::quantize<0, 255>(row, k, quark::panels::integer_grid<0, 255, false>(row, k), r, i, count);
           },
           [&](const uint8_t* r, int64_t count, const uint8_t* w, int64_t p, uint8_t* s, float* out) {
             const vnni::int8::Epilogue epilogue{

@@ -110,7 +110,7 @@ def test_the_portable_kernels_compile_for(machine: str, tmp_path: Path) -> None:
     names = sorted(h.name for h in HEADERS.glob("*.h"))
     source = tmp_path / "all.cpp"
     # In the order in which the template has them.
-    first = [name for name in ("common.h", "generic.h", "vnni.h") if name in names]
+    first = [name for name in ("common.h", "generic.h", "panels.h", "bf16_codes.h", "vnni.h") if name in names]
     includes = [*first, *(name for name in names if name not in first)]
     source.write_text("".join(f'#include "{name}"\n' for name in includes) + EVERY_CPU)
     include = Path(torch.__file__).parent / "include"

@@ -4,6 +4,7 @@
 //
 // Both operands are exact in bfloat16: a weight's code, an activation's code or value. Scales multiply sums, in
 // float32; only block scales of prepared activations, and of weights decoded for many rows, are part of the values.
+// Rounded operands, as a model in bfloat16 has them that dequantizes before it multiplies, are values with their scales.
 //
 // Few rows stream the panel once, decoding it in registers (GEMV): memory is the limit. More rows decode a chunk of the
 // panel into scratch that stays in L1 and run microkernels on it (GEMM).
@@ -127,6 +128,23 @@ inline void fill_zeros(const int32_t* words, int64_t n, float* out) {
   }
 }
 
+// A weight whose values are rounded to bfloat16 with all their scales.
+template <typename Weight>
+struct Rounded : Weight {};
+template <typename Weight>
+constexpr bool ROUNDED = false;
+template <typename Weight>
+constexpr bool ROUNDED<Rounded<Weight>> = true;
+
+inline __m512i rounded(__m512i pairs, __m512 scale) {
+  alignas(64) static constexpr int16_t in_turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512 first = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
+  const __m512i upper = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+  const __m512 second = _mm512_mul_ps(_mm512_castsi512_ps(upper), scale);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
 // --- prepared rows: tiles of r rows, their values [K / 32][r][32]; then the scales: one a row, or [K / 32][r] for a
 // tile.
 
@@ -144,13 +162,24 @@ inline constexpr int64_t rows_bytes(int64_t count, int64_t k) {
   return scales_offset(count, k) + round_up(count * std::max<int64_t>(blocks_of(k), 1) * 4, 64);
 }
 
+// Where prepared rows are. `rounds`: their values are rounded with their scales, which then are 1; all are OfRows.
+struct Rows {
+  uint8_t* at;
+  bool rounds;
+
+  Rows(uint8_t* at, bool rounds = false) : at(at), rounds(rounds) {}
+};
+
 // Where row i of `count` is.
 struct Row {
   int64_t k, r;
   uint16_t* values;
   float *scale, *scales;  // of the row, or of its columns
+  bool rounds;
+  float times = 1.0f;
 
-  Row(uint8_t* rows, int64_t k, int64_t i, int64_t count) : k(k) {
+  Row(Rows all_rows, int64_t k, int64_t i, int64_t count) : k(k), rounds(all_rows.rounds) {
+    uint8_t* const rows = all_rows.at;
     const RowTiles tiles = tiles_of(count);
     const int64_t tile = tiles.of(i), first = tiles.first(tile);
     r = tiles.size(tile);
@@ -159,8 +188,21 @@ struct Row {
     scale = all + i;
     scales = all + first * blocks_of(k) + i - first;
   }
-  // 32 exact values; what is beyond K becomes 0.
+  // The scale of the values stored from now on: of the whole row, or of the columns begin to end.
+  void set_scale(float s) {
+    times = rounds ? s : 1.0f;
+    *scale = rounds ? 1.0f : s;
+  }
+  void set_scale(float s, int64_t begin, int64_t end) {
+    if (rounds) return set_scale(s);
+    for (int64_t b = begin; b < end; b += TILE_K) scales[b / TILE_K * r] = s;
+  }
+  // 32 values, exact unless they are to be rounded; what is beyond K becomes 0.
   void store(int64_t block, __m512 low, __m512 high) const {
+    if (rounds) {
+      low = _mm512_mul_ps(low, _mm512_set1_ps(times));
+      high = _mm512_mul_ps(high, _mm512_set1_ps(times));
+    }
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     const int64_t left = k - block * TILE_K;
     if (left < TILE_K) both = _mm512_maskz_mov_epi16((1u << left) - 1, both);
@@ -202,8 +244,8 @@ inline void write_in_range(const Row& row, Write write) {
 
 // --- prepare functions: row i of `count`
 
-inline void copy(const at::BFloat16* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
+inline void copy(const at::BFloat16* x, int64_t k, Rows rows, int64_t i, int64_t count) {
+  Row row(rows, k, i, count);
   *row.scale = 1.0f;
   write_in_range(row, [&](float factor) {
     const __m512 times = _mm512_set1_ps(factor);
@@ -245,40 +287,40 @@ inline __m512 nearest(__m512 v) { return round_to_grid(clamped(v, -E::max, E::ma
 
 // FP8 by one scale: the quotient is rounded to T.
 template <typename E, typename T>
-inline void quantize_fp8(const T* x, int64_t k, float scale, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
-  *row.scale = scale;
+inline void quantize_fp8(const T* x, int64_t k, float scale, Rows rows, int64_t i, int64_t count) {
+  Row row(rows, k, i, count);
+  row.set_scale(scale);
   const __m512 divisor = _mm512_set1_ps(scale);
   store_each(row, x, 0, k, [&](__m512 v) { return nearest<E>(rounded_to<T>(_mm512_div_ps(v, divisor))); });
 }
 
 template <typename E, typename T>
-inline void quantize_fp8(const T* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
+inline void quantize_fp8(const T* x, int64_t k, Rows rows, int64_t i, int64_t count) {
   const T amax = amax_of(x, k);
   quantize_fp8<E>(x, k, generic::fp8_scale<E>(&amax, 1), rows, i, count);
 }
 
 // FP8 by groups of columns: the quotient stays in float32.
 template <typename E, typename T>
-inline void quantize_fp8_groups(const T* x, int64_t k, int64_t group, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
+inline void quantize_fp8_groups(const T* x, int64_t k, int64_t group, Rows rows, int64_t i, int64_t count) {
+  Row row(rows, k, i, count);
   for (int64_t begin = 0; begin < k; begin += group) {
     const int64_t end = std::min(k, begin + group);
     const T amax = amax_of(x + begin, end - begin);
     const float scale = generic::fp8_scale<E>(&amax, 1);
     const __m512 divisor = _mm512_set1_ps(scale);
+    row.set_scale(scale, begin, end);
     store_each(row, x, begin, end, [&](__m512 v) { return nearest<E>(_mm512_div_ps(v, divisor)); });
-    for (int64_t b = begin; b < end; b += TILE_K) row.scales[b / TILE_K * row.r] = scale;
   }
 }
 
 // A block format by generic.h's rules; `zero` is what a scale of 0 multiplies by. The global scale stays the row's.
 template <typename E, int SIZE, typename Rule, typename T>
 inline void quantize_blocks(
-    const T* x, int64_t k, float global, float zero, uint8_t* rows, int64_t i, int64_t count) {
+    const T* x, int64_t k, float global, float zero, Rows rows, int64_t i, int64_t count) {
   constexpr bool HAS_GLOBAL = std::is_same_v<Rule, generic::Sequential> || std::is_same_v<Rule, generic::Combined>;
   const Row row(rows, k, i, count);
-  *row.scale = HAS_GLOBAL ? global : 1.0f;
+  *row.scale = HAS_GLOBAL && !row.rounds ? global : 1.0f;
   auto write = [&](float factor) {
     for (int64_t b = 0; b < k; b += TILE_K) {
       __m512 v[2] = {load16(x + b, 16), b + 16 < k ? load16(x + b + 16, 16) : _mm512_setzero_ps()};
@@ -292,7 +334,7 @@ inline void quantize_blocks(
       for (int h = 0; h < 2; h++) {
         const float scale = scales[h * 16 / SIZE];
         // The block's scale alone: the product with the global one was rounded once, far below the steps of its grid.
-        const float block = HAS_GLOBAL ? round_to_grid(scale / global, 3, 0x1p-9f) : scale;
+        const float block = HAS_GLOBAL && !row.rounds ? round_to_grid(scale / global, 3, 0x1p-9f) : scale;
         const __m512 divisor = _mm512_set1_ps(scale == 0.0f ? generic::EPS : scale);
         const __m512 value = _mm512_mul_ps(
             nearest<E>(_mm512_div_ps(v[h], divisor)), _mm512_set1_ps(scale == 0.0f ? zero : block));
@@ -317,82 +359,72 @@ inline void quantize_integers(const Row& row, const T* x, int64_t begin, int64_t
 
 template <int LOW, int HIGH, typename T>
 inline void quantize_integers(
-    const T* x, int64_t k, generic::Grid grid, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
-  *row.scale = grid.scale;
+    const T* x, int64_t k, generic::Grid grid, Rows rows, int64_t i, int64_t count) {
+  Row row(rows, k, i, count);
+  row.set_scale(grid.scale);
   quantize_integers<LOW, HIGH>(row, x, 0, k, grid);
 }
 
 template <int LOW, int HIGH, bool SYMMETRIC, typename T>
-inline void quantize_integers(const T* x, int64_t k, uint8_t* rows, int64_t i, int64_t count) {
+inline void quantize_integers(const T* x, int64_t k, Rows rows, int64_t i, int64_t count) {
   quantize_integers<LOW, HIGH>(x, k, integer_grid<LOW, HIGH, SYMMETRIC>(x, k), rows, i, count);
 }
 
 template <int LOW, int HIGH, bool SYMMETRIC, typename T>
 inline void quantize_integer_groups(
-    const T* x, int64_t k, int64_t group, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
+    const T* x, int64_t k, int64_t group, Rows rows, int64_t i, int64_t count) {
+  Row row(rows, k, i, count);
   for (int64_t begin = 0; begin < k; begin += group) {
     const int64_t end = std::min(k, begin + group);
     const generic::Grid grid = integer_grid<LOW, HIGH, SYMMETRIC>(x + begin, end - begin);
+    row.set_scale(grid.scale, begin, end);
     quantize_integers<LOW, HIGH>(row, x, begin, end, grid);
-    for (int64_t b = begin; b < end; b += TILE_K) row.scales[b / TILE_K * row.r] = grid.scale;
   }
 }
 
-// Activations that are quantized already; `value(k)` is a code's value.
-template <typename Value>
-inline void load_values(const Row& row, Value value) {
+// Activations that are quantized already: `value(k)` is a code's value, the scale of column k is scales[k / columns];
+// OfRows for columns >= K.
+template <typename S, typename Value>
+inline void load_values(Row row, const S* scales, int64_t columns, Value value) {
+  if (columns >= row.k) row.set_scale(float(scales[0]));
   for (int64_t b = 0; b < blocks_of(row.k); b++) {
     float v[TILE_K] = {};
-    const int64_t n = std::min<int64_t>(TILE_K, row.k - b * TILE_K);
-    for (int64_t j = 0; j < n; j++) v[j] = value(b * TILE_K + j);
+    const int64_t begin = b * TILE_K, end = std::min(row.k, begin + TILE_K);
+    if (columns < row.k) row.set_scale(float(scales[begin / columns]), begin, end);
+    for (int64_t j = begin; j < end; j++) v[j - begin] = value(j);
     row.store(b, v);
   }
 }
 
-// The scale of column k is scales[k / columns]; OfRows for columns >= K.
-template <typename S>
-inline void load_scales(const Row& row, const S* scales, int64_t columns) {
-  if (columns >= row.k) {
-    *row.scale = float(scales[0]);
-    return;
-  }
-  for (int64_t b = 0; b < blocks_of(row.k); b++) row.scales[b * row.r] = float(scales[b * TILE_K / columns]);
-}
-
 template <typename E, typename C, typename S>
 inline void load_fp8(
-    const C* codes, const S* scales, int64_t k, int64_t columns, uint8_t* rows, int64_t i, int64_t count) {
-  const Row row(rows, k, i, count);
-  load_scales(row, scales, columns);
+    const C* codes, const S* scales, int64_t k, int64_t columns, Rows rows, int64_t i, int64_t count) {
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes);
   const float* values = generic::table<E>();
-  load_values(row, [&](int64_t j) { return values[bytes[j]]; });
+  load_values(Row(rows, k, i, count), scales, columns, [&](int64_t j) { return values[bytes[j]]; });
 }
 
 template <typename C, typename S, typename Z>
 inline void load_integers(
-    const C* codes, const S* scales, const Z* zero_points, int64_t k, int64_t columns, uint8_t* rows, int64_t i,
+    const C* codes, const S* scales, const Z* zero_points, int64_t k, int64_t columns, Rows rows, int64_t i,
     int64_t count) {
-  const Row row(rows, k, i, count);
-  load_scales(row, scales, columns);
-  load_values(
-      row, [&](int64_t j) { return float(codes[j]) - (zero_points ? float(zero_points[j / columns]) : 0.0f); });
+  load_values(Row(rows, k, i, count), scales, columns, [&](int64_t j) {
+    return float(codes[j]) - (zero_points ? float(zero_points[j / columns]) : 0.0f);
+  });
 }
 
 template <typename E, int SIZE, typename S, typename C, typename SC>
 inline void load_blocks(
-    const C* packed, const SC* scales, int64_t k, float global, float zero, uint8_t* rows, int64_t i, int64_t count) {
+    const C* packed, const SC* scales, int64_t k, float global, float zero, Rows rows, int64_t i, int64_t count) {
   constexpr int BITS = std::is_same_v<E, generic::Fp4> ? 4 : E::max < 100.0f ? 6 : 8;
   const Row row(rows, k, i, count);
-  *row.scale = global;
+  *row.scale = row.rounds ? 1.0f : global;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(packed);
   write_in_range(row, [&](float factor) {
     for (int64_t b = 0; b < k; b += TILE_K) {
       float v[TILE_K] = {};
       generic::decode_blocks<E, SIZE, S, float>(
-          codes + b * BITS / 8, scales + b / SIZE, std::min<int64_t>(TILE_K, k - b), 1.0f, zero, v);
+          codes + b * BITS / 8, scales + b / SIZE, std::min<int64_t>(TILE_K, k - b), row.rounds ? global : 1.0f, zero, v);
       for (float& value : v) value *= factor;
       row.store(b / TILE_K, v);
     }
@@ -411,7 +443,7 @@ struct Operands {
   const int32_t* zeros;      // as the decoder encoded them, [groups][16 * GROUPS]
   int64_t blocks;
   int64_t group_blocks;      // 32 columns each
-  float x_factor;            // of x_scales: the global scale, without which sums could overflow
+  float factor;              // the global scale, where it has to be part of x_scales or of rounded values
 };
 
 inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
@@ -423,7 +455,8 @@ inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
 // MR rows; `out` gets the sums, in which scales of rows, channels and the global one are missing.
 template <int MR, int GROUPS, typename Weight, typename Scales, bool OF_COLUMNS>
 __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
-  constexpr bool OF_CHANNELS = std::is_same_v<Scales, OfChannels>, DIRECT = OF_CHANNELS && !OF_COLUMNS;
+  constexpr bool OF_CHANNELS = std::is_same_v<Scales, OfChannels>, ROUNDS = ROUNDED<Weight>;
+  constexpr bool DIRECT = (OF_CHANNELS || ROUNDS) && !OF_COLUMNS;
   constexpr int CHAINS = MR <= 2 ? 2 : 1;  // a dot product has a latency of 6 cycles
   constexpr int SUMS = DIRECT ? CHAINS : 1, STEPS = 8 / Scales::PARTS;
   // Two groups at a time share the loads of activations.
@@ -436,7 +469,7 @@ __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
   const uint16_t* x = o.values;
   const float *x_scales = o.x_scales, *scales = o.scales;
   const int32_t* zeros = o.zeros;
-  const float x_factor = o.x_factor;
+  const float factor = o.factor;
   int64_t left = o.group_blocks;
   for (int64_t begin = 0, end; begin < o.blocks; begin = end) {
     // Sums of a whole K would gather rounding errors.
@@ -461,6 +494,14 @@ __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE * CHAINS; c++)
               total[m][c / CHAINS][c % CHAINS] = DIRECT ? sum[m][v + c / CHAINS][c % SUMS] : zero_register<__m512>();
+          __m512 scale[WIDE];
+#pragma GCC unroll 2
+          for (int g = 0; g < WIDE; g++) {
+            if constexpr (Scales::BYTES > 0)
+              scale[g] = scales_at<typename Scales::Scale>(scale_bytes + part * PANEL_CHANNELS + 16 * (v + g));
+            else if constexpr (!OF_CHANNELS || ROUNDS) scale[g] = _mm512_loadu_ps(scales + 16 * (v + g));
+            if constexpr (Scales::BYTES > 0 && ROUNDS) scale[g] = _mm512_mul_ps(scale[g], _mm512_set1_ps(factor));
+          }
 #pragma GCC unroll 8
           for (int half = part * STEPS; half < part * STEPS + STEPS; half++) {
 #pragma GCC unroll 2
@@ -472,6 +513,7 @@ __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
               const __m512i zero =
                   Weight::ZERO_POINT ? _mm512_loadu_si512(zeros + 16 * (v + g)) : _mm512_setzero_si512();
               pairs[g] = weight(chunk + (g * 4 + half / 2) * CHUNK, half % 2, zero);
+              if constexpr (ROUNDS) pairs[g] = {rounded(pairs[g].first, scale[g]), rounded(pairs[g].second, scale[g])};
             }
 #pragma GCC unroll 4
             for (int m = 0; m < MR; m++) {
@@ -484,11 +526,7 @@ __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
             }
           }
 #pragma GCC unroll 2
-          for (int g = 0; g < WIDE; g++) {
-            __m512 scale = _mm512_setzero_ps();
-            if constexpr (Scales::BYTES > 0)
-              scale = scales_at<typename Scales::Scale>(scale_bytes + part * PANEL_CHANNELS + 16 * (v + g));
-            else if constexpr (!OF_CHANNELS) scale = _mm512_loadu_ps(scales + 16 * (v + g));
+          for (int g = 0; g < WIDE; g++)
 #pragma GCC unroll 4
             for (int m = 0; m < MR; m++) {
               __m512(&s)[SUMS] = sum[m][v + g];
@@ -497,11 +535,10 @@ __attribute__((noinline)) void gemv(const Operands& o, float* out, int64_t ld) {
                 s[SUMS - 1] = total[m][g][CHAINS - 1];
               } else {
                 __m512 t = CHAINS == 2 ? _mm512_add_ps(total[m][g][0], total[m][g][CHAINS - 1]) : total[m][g][0];
-                if constexpr (OF_COLUMNS && !OF_CHANNELS) t = _mm512_mul_ps(t, scale);
-                s[0] = _mm512_fmadd_ps(t, OF_COLUMNS ? _mm512_set1_ps(x_scales[m] * x_factor) : scale, s[0]);
+                if constexpr (OF_COLUMNS && !OF_CHANNELS) t = _mm512_mul_ps(t, scale[g]);
+                s[0] = _mm512_fmadd_ps(t, OF_COLUMNS ? _mm512_set1_ps(x_scales[m] * factor) : scale[g], s[0]);
               }
             }
-          }
         }
         asm volatile("" ::: "memory");  // else gcc interleaves the groups and spills
       }
@@ -561,11 +598,15 @@ __attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t 
           _mm512_store_si512(out + (j * 4 + h * 2 + 1) * GROUPS * 32, f(pairs.second));
         }
       };
-      if constexpr (Scales::BYTES == 0) {
+      if constexpr (Scales::BYTES == 0 && ROUNDED<Weight>) {
+        const __m512 scale = _mm512_loadu_ps(o.scales + (b / o.group_blocks * GROUPS + v) * 16);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) store(j, [&](__m512i p) { return rounded(p, scale); });
+      } else if constexpr (Scales::BYTES == 0) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) store(j, [](__m512i p) { return p; });
       } else {
-        if constexpr (std::is_same_v<typename Scales::Scale, generic::E8M0>) {
+        if constexpr (std::is_same_v<typename Scales::Scale, generic::E8M0> && !ROUNDED<Weight>) {
           const __m512i exponent = bytes16(bytes);
           bool added = !_mm512_cmplt_epu32_mask(exponent, _mm512_set1_epi32(LEAST_ADDED));
           if constexpr (Weight::LARGE < 256) {
@@ -590,7 +631,12 @@ __attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t 
         }
         for (int j = 0; j < 4; j++) {
           const __m512 scale = scales_at<typename Scales::Scale>(bytes + j * Scales::PARTS / 4 * PANEL_CHANNELS);
-          store(j, [&](__m512i p) { return scaled(p, scale); });
+          if constexpr (ROUNDED<Weight>) {
+            const __m512 all = _mm512_mul_ps(scale, _mm512_set1_ps(o.factor));
+            store(j, [&](__m512i p) { return rounded(p, all); });
+          } else {
+            store(j, [&](__m512i p) { return scaled(p, scale); });
+          }
         }
       }
     }
@@ -598,10 +644,10 @@ __attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t 
   }
 }
 
-// out += the products of MR rows and decoded columns; SCALED: times w_scales [GROUPS][16], x_scales [MR] and x_factor.
+// out += the products of MR rows and decoded columns; SCALED: times w_scales [GROUPS][16], x_scales [MR] and factor.
 template <int MR, int GROUPS, bool SCALED>
 __attribute__((noinline)) void multiply(
-    const uint16_t* x, const uint16_t* w, int64_t blocks, const float* w_scales, const float* x_scales, float x_factor,
+    const uint16_t* x, const uint16_t* w, int64_t blocks, const float* w_scales, const float* x_scales, float factor,
     float* out, int64_t ld, Prefetch& next) {
   __m512 sum[MR][GROUPS];
 #pragma GCC unroll 6
@@ -630,7 +676,7 @@ __attribute__((noinline)) void multiply(
       const __m512 before = _mm512_loadu_ps(to);
       if (SCALED) {
         const __m512 of_channels = _mm512_mul_ps(sum[m][v], _mm512_loadu_ps(w_scales + 16 * v));
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(of_channels, _mm512_set1_ps(x_scales[m] * x_factor), before));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(of_channels, _mm512_set1_ps(x_scales[m] * factor), before));
       } else {
         _mm512_storeu_ps(to, _mm512_add_ps(before, sum[m][v]));
       }
@@ -640,7 +686,7 @@ __attribute__((noinline)) void multiply(
 template <int GROUPS, int MOST, typename Weight, typename Scales, bool OF_COLUMNS>
 inline void gemm(
     Operands o, const RowTiles& tiles, int64_t count, int64_t x_blocks, uint16_t* decoded, float* out, int64_t ld) {
-  constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups>, SCALED = OF_GROUPS || OF_COLUMNS;
+  constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups> && !ROUNDED<Weight>, SCALED = OF_GROUPS || OF_COLUMNS;
   constexpr int64_t CHUNK = CHUNK_K / TILE_K, TILE = TILE_BYTES<Weight, Scales>;
   alignas(64) float ones[PANEL_CHANNELS];
   fill_all(1.0f, ones);
@@ -662,7 +708,7 @@ inline void gemm(
         with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto rows) {
           multiply<rows, GROUPS, SCALED>(
               x + b * r * TILE_K, decoded + (b - begin) * 16 * GROUPS * 32, stop - b, w_scales,
-              OF_COLUMNS ? x_scales + b * r : ones, o.x_factor, out + first * ld, ld, next);
+              OF_COLUMNS ? x_scales + b * r : ones, o.factor, out + first * ld, ld, next);
         });
       }
     }
@@ -718,12 +764,13 @@ inline void multiply_rows(
 
 // out[i * ld + c] for `count` prepared rows and the 16 * GROUPS channels of a panel from 16 * first_group on.
 // Activation: OfRows or OfColumns, as the rows were prepared; Scales: InTile, PerChannel or PerGroup. `count` is at
-// most MOST.
+// most MOST. A Rounded weight takes OfRows.
 template <int GROUPS, int MOST, typename Weight, typename Activation, typename Scales>
 inline void tile(
     const uint8_t* rows, int64_t count, int64_t k, const uint8_t* panel, int first_group, Activation activation,
     const Scales& scales, uint8_t* scratch, float* out, int64_t ld) {
   constexpr bool OF_COLUMNS = std::is_same_v<Activation, OfColumns>;
+  static_assert(!(OF_COLUMNS && ROUNDED<Weight>));
   const float* x_scales = reinterpret_cast<const float*>(rows + scales_offset(count, k));
   Operands o{panel, first_group, reinterpret_cast<const uint16_t*>(rows), x_scales, nullptr, nullptr, blocks_of(k), 0,
              1.0f};
@@ -734,7 +781,7 @@ inline void tile(
   uint16_t* decoded = reinterpret_cast<uint16_t*>(scratch);
   if constexpr (InTileScales<Scales>::value) {
     o.group_blocks = o.blocks;
-    (OF_COLUMNS ? o.x_factor : global) = scales.global;
+    (OF_COLUMNS || ROUNDED<Weight> ? o.factor : global) = scales.global;
     multiply_rows<GROUPS, MOST, Weight, Scales, OF_COLUMNS>(o, count, x_blocks, decoded, out, ld);
   } else {
     constexpr bool OF_GROUPS = PerGroupScales<Scales>::value;
@@ -749,7 +796,7 @@ inline void tile(
     collect<GROUPS, Weight>(scales.fill, k, columns, panel, first_group, all, zeros);
     o.scales = all;
     o.zeros = zeros;
-    if (!OF_GROUPS) of_channels = all;
+    if (!OF_GROUPS && !ROUNDED<Weight>) of_channels = all;
     using Kind = std::conditional_t<OF_GROUPS, OfGroups, OfChannels>;
     multiply_rows<GROUPS, MOST, Weight, Kind, OF_COLUMNS>(o, count, x_blocks, decoded, out, ld);
   }

@@ -1,4 +1,4 @@
-"""Any packed weight by an activation that bfloat16 holds exactly, with AVX512-BF16: ``bf16.h``."""
+"""Any packed weight by an activation that bfloat16 holds, exactly or rounded, with AVX512-BF16: ``bf16.h``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +11,37 @@ from quark_inductor.schemes.numerics import integer
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 from quark_inductor.schemes.operands import zero_scale
 
+# Products of an element and a block scale of these are exact in bfloat16; ``""``: so is the activation as it is.
+EXACT = frozenset({"", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "amdfp4_g16", "amdfp4_g32"})
 
-def kernel(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Kernel | None:
-    """The kernel for units of so many channels; ``None`` if there is none."""
+
+def kernel(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | None, channels: int) -> Kernel | None:
+    """The kernel for units of so many channels; ``None`` if there is none.
+
+    Args:
+        problem: what to compute.
+        inputs: see :func:`quark_inductor.lowering.cpp.kernels.kernel_for`.
+        rounds_to: ``"at::BFloat16"``: operands are rounded to it with their scales; ``None``: they are not rounded.
+        channels: those of a unit.
+    """
     if (prepared := _prepare(problem, inputs)) is None or (scaled := _scales(problem, inputs)) is None:
         return None
     (prepare, activation), (columns, scales) = prepared, scaled
+    code, rows = f"quark::bf16::{code_type(problem)}", "rows"
+    if rounds_to is not None:
+        if problem.weight_format == "int4_fp8":  # rounds between its two scales
+            return None
+        if problem.weight_format not in EXACT:
+            code = f"quark::bf16::Rounded<{code}>"
+        if problem.x_format not in EXACT:
+            rows, activation = "{rows, true}", "quark::bf16::OfRows{}"
     panel = -(-problem.k // COLUMNS) * tile_bytes(problem.weight_format)
     return Kernel(
         namespace="bf16",
         headers=("generic", "panels", "bf16_codes", "bf16"),
-        prepare=f"{prepare}rows, i, count)",
+        prepare=f"{prepare}{rows}, i, count)",
         tile=(
-            f"const auto scales = {scales}; quark::bf16::tile<NT / 16, MT, quark::bf16::{code_type(problem)}>(rows, "
+            f"const auto scales = {scales}; quark::bf16::tile<NT / 16, MT, {code}>(rows, "
             f"count, K, weight + n_start / 64 * {panel}, n_start % 64 / 16, {activation}, scales, scratch, tile, NT)"
         ),
         rows_bytes="rows_bytes(most, K)",

@@ -9,21 +9,20 @@ from quark_inductor.lowering.cpp.kernel import Kernel
 from quark_inductor.lowering.cpp.panel64 import ROWS
 from quark_inductor.lowering.target import Target
 
-# Products of an element and a block scale of these are exact in bfloat16.
-_EXACT = frozenset({"", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "amdfp4_g16", "amdfp4_g32"})
-
 
 def kernel_of_panels(
     target: Target, problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | None, threads: int
 ) -> Kernel:
     """See :func:`quark_inductor.lowering.cpp.kernels.kernel_for`."""
     channels = _channels(problem, threads)
-    # Only the portable kernel rounds operands to the model's dtype.
-    if rounds_to is None or {problem.x_format, problem.weight_format} <= _EXACT:
-        for isa, family in (("avx512_vnni", vnni), ("avx512_bf16", bf16)):
-            if target.has(isa) and (kernel := family.kernel(problem, inputs, channels)) is not None:
-                return kernel
-    return portable.kernel(problem, inputs, channels)
+    # What float32 rounds is less than what the order of a sum does.
+    exact = rounds_to in (None, "float") or {problem.x_format, problem.weight_format} <= bf16.EXACT
+    found: Kernel | None = None
+    if exact and target.has("avx512_vnni"):
+        found = vnni.kernel(problem, inputs, channels)
+    if found is None and (exact or rounds_to == "at::BFloat16") and target.has("avx512_bf16"):
+        found = bf16.kernel(problem, inputs, None if exact else rounds_to, channels)
+    return found or portable.kernel(problem, inputs, channels)
 
 
 def _channels(problem: GemmProblem, threads: int) -> int:

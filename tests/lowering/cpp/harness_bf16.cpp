@@ -89,7 +89,7 @@ struct Panels {
 // --- the comparison
 
 int64_t failures = 0, compared = 0;
-double worst = 0.0;
+double worst = 0.0, tolerance = 1e-6;
 
 void fail(const std::string& what) {
   if (failures++ < 20) printf("%s\n", what.c_str());
@@ -102,7 +102,7 @@ void compare(const std::string& what, float y, double exact, double magnitudes, 
   else if (magnitudes > 1e38) right = true;  // may overflow on the way
   else {
     const double error = std::abs(y - exact), size = std::max(magnitudes * 0.5, row);
-    right = error <= 1e-6 * size + 1e-36;
+    right = error <= tolerance * size + 1e-36;
     if (size > 1e-25) worst = std::max(worst, error / size);
   }
   if (!right) {
@@ -120,8 +120,18 @@ struct Activation {
   bool of_columns;
   int64_t columns;
   std::vector<double> values;  // [M, K]
-  std::function<void(int64_t, uint8_t*, int64_t, int64_t)> prepare;
+  std::function<void(int64_t, bf16::Rows, int64_t, int64_t)> prepare;
+  bool rounds = false;
+
+  void round();
 };
+
+double rounded(double v) { return float(at::BFloat16(float(v))); }
+void Activation::round() {
+  rounds = true;
+  of_columns = false;
+  for (double& v : values) v = rounded(v);
+}
 
 template <typename T>
 const char* name_of() {
@@ -167,12 +177,12 @@ std::vector<T> special_rows(int64_t m, int64_t k) {
 // reference(row of x, values): what generic.h makes of it, but for the rounding of the products to T.
 template <typename T, typename Reference>
 Activation quantized(const char* name, int64_t m, int64_t k, bool of_columns, int64_t columns, Reference reference,
-                     std::function<void(const T*, uint8_t*, int64_t, int64_t)> prepare) {
+                     std::function<void(const T*, bf16::Rows, int64_t, int64_t)> prepare) {
   auto x = std::make_shared<std::vector<T>>(special_rows<T>(m, k));
   Activation a{std::string(name) + " " + name_of<T>(), of_columns, columns, {}, {}};
   a.values.resize(m * k);
   for (int64_t i = 0; i < m; i++) reference(x->data() + i * k, a.values.data() + i * k);
-  a.prepare = [=](int64_t i, uint8_t* rows, int64_t at, int64_t count) { prepare(x->data() + i * k, rows, at, count); };
+  a.prepare = [=](int64_t i, bf16::Rows rows, int64_t at, int64_t count) { prepare(x->data() + i * k, rows, at, count); };
   return a;
 }
 
@@ -188,7 +198,7 @@ Activation fp8_given(int64_t m, int64_t k) {
       [=](const T* x, double* out) {
         fp8_codes<E>(scale, out, k, [&](int64_t j) { return quark::rounded<T>(float(x[j]) / scale); });
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) { bf16::quantize_fp8<E>(x, k, scale, rows, i, count); });
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) { bf16::quantize_fp8<E>(x, k, scale, rows, i, count); });
 }
 template <typename E, typename T>
 Activation fp8_dynamic(int64_t m, int64_t k) {
@@ -197,7 +207,7 @@ Activation fp8_dynamic(int64_t m, int64_t k) {
         const float scale = generic::fp8_scale<E>(x, k);
         fp8_codes<E>(scale, out, k, [&](int64_t j) { return quark::rounded<T>(float(x[j]) / scale); });
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) { bf16::quantize_fp8<E>(x, k, rows, i, count); });
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) { bf16::quantize_fp8<E>(x, k, rows, i, count); });
 }
 template <typename E, typename T>
 Activation fp8_groups(int64_t m, int64_t k, int64_t group) {
@@ -208,7 +218,7 @@ Activation fp8_groups(int64_t m, int64_t k, int64_t group) {
           fp8_codes<E>(scale, out + g, group, [&](int64_t j) { return float(x[g + j]) / scale; });
         }
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) {
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) {
         bf16::quantize_fp8_groups<E>(x, k, group, rows, i, count);
       });
 }
@@ -227,7 +237,7 @@ Activation blocks(const char* name, int64_t m, int64_t k) {
                 * (scale == 0.0f ? zero : scale);
         }
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) {
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) {
         bf16::quantize_blocks<E, SIZE, Rule>(x, k, global, zero, rows, i, count);
       });
 }
@@ -244,7 +254,7 @@ Activation integers_given(int64_t m, int64_t k) {
   const generic::Grid grid{0.02f, float(integer(LOW, HIGH))};
   return quantized<T>("integers given", m, k, false, 0,
       [=](const T* x, double* out) { integers<LOW, HIGH>(x, k, grid, out); },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) {
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) {
         bf16::quantize_integers<LOW, HIGH>(x, k, grid, rows, i, count);
       });
 }
@@ -254,7 +264,7 @@ Activation integers_dynamic(int64_t m, int64_t k) {
       [=](const T* x, double* out) {
         integers<LOW, HIGH>(x, k, generic::integer_grid<LOW, HIGH, SYMMETRIC>(x, k), out);
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) {
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) {
         bf16::quantize_integers<LOW, HIGH, SYMMETRIC>(x, k, rows, i, count);
       });
 }
@@ -265,14 +275,14 @@ Activation integer_groups(int64_t m, int64_t k, int64_t group) {
         for (int64_t g = 0; g < k; g += group)
           integers<LOW, HIGH>(x + g, group, generic::integer_grid<LOW, HIGH, SYMMETRIC>(x + g, group), out + g);
       },
-      [=](const T* x, uint8_t* rows, int64_t i, int64_t count) {
+      [=](const T* x, bf16::Rows rows, int64_t i, int64_t count) {
         bf16::quantize_integer_groups<LOW, HIGH, SYMMETRIC>(x, k, group, rows, i, count);
       });
 }
 Activation copied(int64_t m, int64_t k) {
   return quantized<at::BFloat16>("copy", m, k, false, 0,
       [=](const at::BFloat16* x, double* out) { for (int64_t j = 0; j < k; j++) out[j] = float(x[j]); },
-      [=](const at::BFloat16* x, uint8_t* rows, int64_t i, int64_t count) { bf16::copy(x, k, rows, i, count); });
+      [=](const at::BFloat16* x, bf16::Rows rows, int64_t i, int64_t count) { bf16::copy(x, k, rows, i, count); });
 }
 template <typename E>
 Activation fp8_loaded(int64_t m, int64_t k, int64_t columns) {
@@ -285,7 +295,7 @@ Activation fp8_loaded(int64_t m, int64_t k, int64_t columns) {
     (*codes)[i] = uint8_t(chance(1e-4) ? 0x7f : integer(0, 119) | integer(0, 1) << 7);
     a.values[i] = double(generic::table<E>()[(*codes)[i]]) * (*scales)[i / columns];
   }
-  a.prepare = [=](int64_t m, uint8_t* rows, int64_t i, int64_t count) {
+  a.prepare = [=](int64_t m, bf16::Rows rows, int64_t i, int64_t count) {
     bf16::load_fp8<E>(codes->data() + m * k, scales->data() + m * groups, k, columns, rows, i, count);
   };
   return a;
@@ -303,7 +313,7 @@ Activation integers_loaded(int64_t m, int64_t k, int64_t columns) {
     (*codes)[i] = int8_t(integer(-128, 127));
     a.values[i] = double((*codes)[i] - (with_zeros ? (*zeros)[i / columns] : 0)) * (*scales)[i / columns];
   }
-  a.prepare = [=](int64_t m, uint8_t* rows, int64_t i, int64_t count) {
+  a.prepare = [=](int64_t m, bf16::Rows rows, int64_t i, int64_t count) {
     bf16::load_integers(codes->data() + m * k, scales->data() + m * groups,
                         with_zeros ? zeros->data() + m * groups : nullptr, k, columns, rows, i, count);
   };
@@ -315,7 +325,8 @@ Activation blocks_loaded(int64_t m, int64_t k) {
   constexpr bool E8M0 = std::is_same_v<S, generic::E8M0>;
   auto packed = std::make_shared<std::vector<uint8_t>>(m * k * BITS / 8);
   auto scales = std::make_shared<std::vector<uint8_t>>(m * k / SIZE);
-  const float global = E8M0 ? 1.0f : 0.37f, zero = std::is_same_v<S, generic::E5M3> ? generic::EPS : 0.0f;
+  const float global = std::is_same_v<S, generic::E4M3> ? 0.37f : 1.0f;
+  const float zero = std::is_same_v<S, generic::E5M3> ? generic::EPS : 0.0f;
   const bool wide = chance(0.3);
   Activation a{"block codes", false, 0, std::vector<double>(m * k), {}};
   for (auto& p : *packed) p = uint8_t(integer(0, BITS == 8 ? 119 : 255));
@@ -327,11 +338,11 @@ Activation blocks_loaded(int64_t m, int64_t k) {
     std::vector<float> row(generic::padded(k));
     for (int64_t b = 0; b < k; b += SIZE) {
       generic::decode_blocks<E, SIZE, S, float>(
-          packed->data() + (i * k + b) * BITS / 8, scales->data() + (i * k + b) / SIZE, SIZE, 1.0f, zero, row.data());
-      for (int j = 0; j < SIZE; j++) a.values[i * k + b + j] = double(row[j]) * global;
+          packed->data() + (i * k + b) * BITS / 8, scales->data() + (i * k + b) / SIZE, SIZE, global, zero, row.data());
+      for (int j = 0; j < SIZE; j++) a.values[i * k + b + j] = double(row[j]);
     }
   }
-  a.prepare = [=](int64_t m, uint8_t* rows, int64_t i, int64_t count) {
+  a.prepare = [=](int64_t m, bf16::Rows rows, int64_t i, int64_t count) {
     bf16::load_blocks<E, SIZE, S>(
         packed->data() + m * k * BITS / 8, scales->data() + m * k / SIZE, k, global, zero, rows, i, count);
   };
@@ -450,7 +461,7 @@ void check(const std::string& weight_name, const Activation& a, const std::vecto
   for (int64_t begin = 0; begin < m; begin += BLOCK_ROWS) {
     const int64_t count = std::min(BLOCK_ROWS, m - begin);
     const Bytes rows(bf16::rows_bytes(count, k)), scratch(bf16::scratch_bytes(k, columns));
-    for (int64_t i = 0; i < count; i++) a.prepare(begin + i, rows.p, i, count);
+    for (int64_t i = 0; i < count; i++) a.prepare(begin + i, {rows.p, a.rounds}, i, count);
     for (int64_t i = 0; i < count; i++) check_prepared(a, rows.p, begin + i, k, i, count);
     const int groups = int(1 << integer(0, 2));
     const int64_t ld = 16 * groups + integer(0, 3);
@@ -492,18 +503,19 @@ void with_groups(int groups, F&& f) {
 }
 
 // A tile of either kind of activation.
-template <int MOST, typename W, typename Make>
+template <int MOST, typename W, bool ROUNDS, typename Make>
 Tile tile_of(const Panels& panels, int64_t k, const Activation& a, Make make) {
   return [=, &panels, &a](const uint8_t* rows, int64_t count, int64_t g, int groups, uint8_t* scratch, float* out,
                           int64_t ld) {
     const auto scales = make(g / 4);
     with_groups(groups, [&](auto n) {
-      if (a.of_columns)
-        bf16::tile<n, MOST, W>(
-            rows, count, k, panels.panel(g / 4), int(g % 4), bf16::OfColumns{a.columns}, scales, scratch, out, ld);
-      else
-        bf16::tile<n, MOST, W>(
-            rows, count, k, panels.panel(g / 4), int(g % 4), bf16::OfRows{}, scales, scratch, out, ld);
+      auto run = [&](auto activation, auto weight) {
+        bf16::tile<n, MOST, decltype(weight)>(
+            rows, count, k, panels.panel(g / 4), int(g % 4), activation, scales, scratch, out, ld);
+      };
+      if constexpr (ROUNDS) run(bf16::OfRows{}, bf16::Rounded<W>());
+      else if (a.of_columns) run(bf16::OfColumns{a.columns}, W());
+      else run(bf16::OfRows{}, W());
     });
   };
 }
@@ -514,10 +526,11 @@ int64_t some_k(int64_t multiple) {
   return multiple == 32 ? k : multiple == 16 ? k + integer(0, 1) * 16 : std::max<int64_t>(8, k - integer(0, 31));
 }
 
-template <typename W, typename S, int SIZE, typename T>
+template <typename W, typename S, int SIZE, typename T, bool ROUNDS = false>
 void check_in_tile(const char* name) {
   const int64_t m = some_rows(), n = integer(1, 200), k = some_k(SIZE);
-  const Activation a = some_activation<T>(m, k);
+  Activation a = some_activation<T>(m, k);
+  if (ROUNDS) a.round();
   Codes c(n, k);
   constexpr bool E8M0 = std::is_same_v<S, generic::E8M0>;
   const int kind = int(integer(0, 4)), nan = chance(0.3);
@@ -533,18 +546,20 @@ void check_in_tile(const char* name) {
   for (int64_t i = 0; i < n * k; i++) {
     const double scale = E8M0 ? std::ldexp(1.0, c.blocks[i / SIZE] - 127) : S::value(c.blocks[i / SIZE]);
     c.values[i] = value_of<W>(c.codes[i]) * scale * global;
+    if (ROUNDS) c.values[i] = rounded(value_of<W>(c.codes[i]) * double(float(scale) * global));
   }
   const Panels panels(n, k, SIZE, W::BITS, order_of<W>(), c.codes, 0, c.blocks);
   check(name, a, c.values, m, n, k, k,
-        tile_of<384, W>(panels, k, a, [=](int64_t) { return bf16::InTile<S, SIZE>{global}; }));
+        tile_of<384, W, ROUNDS>(panels, k, a, [=](int64_t) { return bf16::InTile<S, SIZE>{global}; }));
 }
 
-template <bool OF_GROUPS, typename W, typename T>
+template <bool OF_GROUPS, typename W, typename T, bool ROUNDS = false>
 void check_beside(const char* name) {
   const int64_t m = OF_GROUPS || chance(0.7) ? some_rows() : integer(1, 4), n = integer(1, 200);
   const int64_t k = some_k(OF_GROUPS ? 32 : 1), group = OF_GROUPS ? integer(1, 4) * 32 : k;
   const bool with_zeros = W::ZERO_POINT && chance(0.7), nan = chance(0.3);
-  const Activation a = some_activation<T>(m, k);
+  Activation a = some_activation<T>(m, k);
+  if (ROUNDS) a.round();
   Codes c(n, k);
   const int64_t groups = (k + group - 1) / group;
   constexpr int LOW = std::is_same_v<W, bf16::Int8> ? -128 : std::is_same_v<W, bf16::Int4> ? -8 : 0;
@@ -556,6 +571,7 @@ void check_beside(const char* name) {
   for (int64_t i = 0; i < n * k; i++) {
     const int64_t at = i % k / group * n + i / k;
     c.values[i] = (value_of<W>(c.codes[i]) - c.zeros[at]) * c.scales[at];
+    if (ROUNDS) c.values[i] = rounded(c.values[i]);
   }
   const Panels panels(n, k, 0, W::BITS, order_of<W>(), c.codes, std::is_same_v<W, bf16::Int8> ? 128 : 0, {});
   auto fill_of = [&](int64_t panel) {
@@ -569,13 +585,13 @@ void check_beside(const char* name) {
   };
   if constexpr (OF_GROUPS)
     check(name, a, c.values, m, n, k, group,
-          tile_of<384, W>(panels, k, a, [=](int64_t p) { return bf16::PerGroup{group, fill_of(p)}; }));
+          tile_of<384, W, ROUNDS>(panels, k, a, [=](int64_t p) { return bf16::PerGroup{group, fill_of(p)}; }));
   else if (m <= 4)
     check(name, a, c.values, m, n, k, k,
-          tile_of<4, W>(panels, k, a, [=](int64_t p) { return bf16::PerChannel{fill_of(p)}; }));
+          tile_of<4, W, ROUNDS>(panels, k, a, [=](int64_t p) { return bf16::PerChannel{fill_of(p)}; }));
   else
     check(name, a, c.values, m, n, k, k,
-          tile_of<384, W>(panels, k, a, [=](int64_t p) { return bf16::PerChannel{fill_of(p)}; }));
+          tile_of<384, W, ROUNDS>(panels, k, a, [=](int64_t p) { return bf16::PerChannel{fill_of(p)}; }));
 }
 
 // The vectors a `fill` may be made of.
@@ -817,6 +833,11 @@ int main(int argc, char** argv) {
   QUARK_BESIDE("int4 groups", true, Int4);
   QUARK_BESIDE("uint4", false, UInt4);
   QUARK_BESIDE("uint4 groups", true, UInt4);
+  // Values that are rounded with their scales: a product has all 16 bits, and a sum loses twice as much as one of codes.
+  tolerance = 2e-6;
+  every("fp8 e4m3 rounded", [](const char* n, auto) { check_beside<false, Fp8E4M3, at::BFloat16, true>(n); });
+  every("int4 groups rounded", [](const char* n, auto) { check_beside<true, Int4, at::BFloat16, true>(n); });
+  every("nvfp4 rounded", [](const char* n, auto) { check_in_tile<Fp4, E4M3, 16, at::BFloat16, true>(n); });
   printf("%ld compared, %ld wrong\n", long(compared), long(failures));
   return failures != 0;
 }

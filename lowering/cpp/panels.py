@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.cpp import bf16, portable, vnni
+from quark_inductor.lowering.cpp import amx, bf16, portable, vnni
 from quark_inductor.lowering.cpp.kernel import Kernel
 from quark_inductor.lowering.cpp.panel64 import ROWS
 from quark_inductor.lowering.target import Target
@@ -20,7 +20,7 @@ def kernel_of_panels(
     channels = _channels(problem, threads)
     # Only the portable kernel rounds operands to the model's dtype.
     if rounds_to is None or {problem.x_format, problem.weight_format} <= _EXACT:
-        for isa, family in (("avx512_vnni", vnni), ("avx512_bf16", bf16)):
+        for isa, family in (("amx", amx), ("avx512_vnni", vnni), ("avx512_bf16", bf16)):
             if target.has(isa) and (kernel := family.kernel(problem, inputs, channels)) is not None:
                 return kernel
     return portable.kernel(problem, inputs, channels)

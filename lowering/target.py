@@ -13,6 +13,7 @@ from quark_inductor.schemes.errors import OptionError
 # Instruction sets that kernels are written for, each with all that follow; what it needs beyond the next one, as
 # torch.cpu.get_capabilities() spells it.
 ISA_LEVELS: Mapping[str, tuple[str, ...]] = {
+    "amx": ("amx_tile", "amx_bf16", "amx_int8"),
     "avx512_bf16": ("avx512_bf16", "avx512_vbmi"),
     "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
     "portable": (),
@@ -63,7 +64,8 @@ def current(device_type: str = "cpu") -> Target:
 def _isa(forced: str | None) -> str:
     can, found = torch.cpu.get_capabilities(), ["portable"]
     for isa, needed in reversed(list(ISA_LEVELS.items())):
-        if not all(can.get(feature) for feature in needed):
+        # The system has to let a process use AMX.
+        if not all(can.get(feature) for feature in needed) or (isa == "amx" and not torch.cpu._init_amx()):
             break
         found.append(isa)
     if forced is None:

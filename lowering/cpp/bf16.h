@@ -17,8 +17,15 @@ namespace quark::bf16 {
 using namespace panels;
 
 constexpr int64_t PANEL_CHANNELS = 64;
-constexpr int64_t CHUNK_K = 256;          // columns decoded at a time: 32 KB for 64 channels
+#if defined(QUARK_AMX)
+constexpr int64_t CHUNK_K = 512;          // columns decoded at a time, at most: 64 KB for 64 channels, of L2
+constexpr int FEW = 1, MOST_ROWS = amx::MOST_ROWS;
+constexpr bool TILED = true;
+#else
+constexpr int64_t CHUNK_K = 256;          // columns decoded at a time: 32 KB for 64 channels, of L1
 constexpr int FEW = 4, MOST_ROWS = 6;     // rows of a GEMV; of a GEMM's microkernel
+constexpr bool TILED = false;             // decoded columns: [K / 32][GROUPS][16 pairs], or [K / 2][GROUPS]
+#endif
 constexpr int64_t SUMMED = 512;            // columns after which a GEMV adds what it has to the result
 constexpr int64_t AHEAD = 8192;           // bytes a GEMV prefetches ahead
 
@@ -580,12 +587,13 @@ inline __m512i scaled(__m512i pairs, __m512 scale) {
 }
 
 template <int GROUPS, typename Weight, typename Scales>
-__attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t end, uint16_t* out) {
-  constexpr int64_t CHUNK = 16 * Weight::BITS, TILE = TILE_BYTES<Weight, Scales>;
+__attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t end, uint16_t* out, Prefetch& next) {
+  constexpr int64_t CHUNK = 16 * Weight::BITS, TILE = TILE_BYTES<Weight, Scales>, PAIRS = TILED ? 32 : GROUPS * 32;
   const Weight weight;
   const uint8_t* tile = o.panel + begin * TILE;
   for (int64_t b = begin; b < end; b++, tile += TILE) {
-    for (int v = 0; v < GROUPS; v++, out += 32) {
+    for (int v = 0; v < GROUPS; v++, out += TILED ? 16 * 32 : 32) {
+      next.step();
       const uint8_t* chunk = tile + Scales::BYTES + (o.first_group + v) * 4 * CHUNK;
       const uint8_t* bytes = tile + (o.first_group + v) * 16;
       const __m512i zero = Weight::ZERO_POINT
@@ -594,8 +602,8 @@ __attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t 
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
           const Pairs pairs = weight(chunk + j * CHUNK, h, zero);
-          _mm512_store_si512(out + (j * 4 + h * 2) * GROUPS * 32, f(pairs.first));
-          _mm512_store_si512(out + (j * 4 + h * 2 + 1) * GROUPS * 32, f(pairs.second));
+          _mm512_store_si512(out + (j * 4 + h * 2) * PAIRS, f(pairs.first));
+          _mm512_store_si512(out + (j * 4 + h * 2 + 1) * PAIRS, f(pairs.second));
         }
       };
       if constexpr (Scales::BYTES == 0 && ROUNDED<Weight>) {
@@ -640,7 +648,7 @@ __attribute__((noinline)) void decode(const Operands& o, int64_t begin, int64_t 
         }
       }
     }
-    out += 15 * GROUPS * 32;
+    if (!TILED) out += 15 * GROUPS * 32;
   }
 }
 
@@ -687,31 +695,53 @@ template <int GROUPS, int MOST, typename Weight, typename Scales, bool OF_COLUMN
 inline void gemm(
     Operands o, const RowTiles& tiles, int64_t count, int64_t x_blocks, uint16_t* decoded, float* out, int64_t ld) {
   constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups> && !ROUNDED<Weight>, SCALED = OF_GROUPS || OF_COLUMNS;
-  constexpr int64_t CHUNK = CHUNK_K / TILE_K, TILE = TILE_BYTES<Weight, Scales>;
+  constexpr int64_t TILE = TILE_BYTES<Weight, Scales>;
+#if defined(QUARK_AMX)
+  const int64_t chunk = (count > amx::ROWS ? CHUNK_K : CHUNK_K / 2) / TILE_K;
+  amx::Shapes shapes;
+  const int64_t wide = std::min<int64_t>(GROUPS, count > amx::ROWS ? 2 : 4), steps = GROUPS / wide;
+#else
+  constexpr int64_t chunk = CHUNK_K / TILE_K;
+  constexpr int64_t wide = GROUPS, steps = 4;  // groups at a time; of prefetching, for a tile of rows and 32 columns
+#endif
   alignas(64) float ones[PANEL_CHANNELS];
   fill_all(1.0f, ones);
   for (int64_t i = 0; i < count; i++) std::memset(out + i * ld, 0, GROUPS * 64);
-  for (int64_t begin = 0; begin < o.blocks; begin += CHUNK) {
-    const int64_t end = std::min(o.blocks, begin + CHUNK), after = std::min(o.blocks, end + CHUNK);
-    decode<GROUPS, Weight, Scales>(o, begin, end, decoded);
-    Prefetch next(o.panel + end * TILE, (after - end) * TILE, tiles.tiles * (end - begin) * 4);
-    for (int64_t t = 0; t < tiles.tiles; t++) {
-      const int64_t first = tiles.first(t), r = tiles.size(t);
-      const uint16_t* x = o.values + first * o.blocks * TILE_K;
-      const float* x_scales = o.x_scales + first * o.blocks;
-      // From scale to scale.
-      for (int64_t b = begin, stop; b < end; b = stop) {
-        stop = end;
-        if (OF_GROUPS) stop = std::min(stop, (b / o.group_blocks + 1) * o.group_blocks);
-        if (OF_COLUMNS) stop = std::min(stop, (b / x_blocks + 1) * x_blocks);
-        const float* w_scales = OF_GROUPS ? o.scales + b / o.group_blocks * GROUPS * 16 : ones;
-        with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto rows) {
-          multiply<rows, GROUPS, SCALED>(
-              x + b * r * TILE_K, decoded + (b - begin) * 16 * GROUPS * 32, stop - b, w_scales,
-              OF_COLUMNS ? x_scales + b * r : ones, o.factor, out + first * ld, ld, next);
-        });
+  for (int64_t begin = 0; begin < o.blocks; begin += chunk) {
+    const int64_t end = std::min(o.blocks, begin + chunk), after = std::min(o.blocks, end + chunk);
+    Prefetch next(o.panel + end * TILE, (after - end) * TILE, (tiles.tiles * steps + GROUPS) * (end - begin));
+    decode<GROUPS, Weight, Scales>(o, begin, end, decoded, next);
+    for (int64_t v = 0; v < GROUPS; v += wide)
+      for (int64_t t = 0; t < tiles.tiles; t++) {
+        const int64_t first = tiles.first(t), r = tiles.size(t);
+        const uint16_t* x = o.values + first * o.blocks * TILE_K;
+        const float* x_scales = o.x_scales + first * o.blocks;
+        // From scale to scale.
+        for (int64_t b = begin, stop; b < end; b = stop) {
+          stop = end;
+          if (OF_GROUPS) stop = std::min(stop, (b / o.group_blocks + 1) * o.group_blocks);
+          if (OF_COLUMNS) stop = std::min(stop, (b / x_blocks + 1) * x_blocks);
+          const float* w_scales = (OF_GROUPS ? o.scales + b / o.group_blocks * GROUPS * 16 : ones) + v * 16;
+          const uint16_t *rows = x + b * r * TILE_K, *pairs = decoded + ((b - begin) * GROUPS + v) * 16 * 32;
+          const float* of_rows = OF_COLUMNS ? x_scales + b * r : ones;
+          float* to = out + first * ld + v * 16;
+#if defined(QUARK_AMX)
+          with_rows<0, (MOST > amx::ROWS)>(count > amx::ROWS, [&](auto pair) {
+            constexpr bool PAIR = pair;
+            const amx::Weight weight{pairs, 64, 1024, GROUPS * 1024};
+            shapes.set(PAIR, r, 16);
+            if constexpr (SCALED)
+              amx::multiply_add_scaled<PAIR, GROUPS, amx::Bf16>(
+                  rows, r, weight, stop - b, w_scales, of_rows, o.factor, to, ld, next);
+            else amx::multiply_add<PAIR, GROUPS, amx::Bf16>(rows, r, weight, stop - b, to, ld, next);
+          });
+#else
+          with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto mr) {
+            multiply<mr, GROUPS, SCALED>(rows, pairs, stop - b, w_scales, of_rows, o.factor, to, ld, next);
+          });
+#endif
+        }
       }
-    }
   }
 }
 

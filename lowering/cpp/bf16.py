@@ -24,6 +24,8 @@ def kernel(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | Non
         rounds_to: ``"at::BFloat16"``: operands are rounded to it with their scales; ``None``: they are not rounded.
         channels: those of a unit.
     """
+    if rounds_to not in (None, "at::BFloat16"):
+        return None
     if (prepared := _prepare(problem, inputs)) is None or (scaled := _scales(problem, inputs)) is None:
         return None
     (prepare, activation), (columns, scales) = prepared, scaled

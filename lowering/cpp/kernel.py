@@ -45,6 +45,7 @@ class Kernel:
         channels: the channels of a tile.
         rows_at_a_time: how many rows are prepared at a time: bounds the memory of a long prefill.
         pads: whether rows are prepared, as zeros, until there are whole tiles of them.
+        before: a statement for before the threads start; ``""``: none.
         scratch: bytes a thread needs for the tile at ``scratch``; ``""``: none.
         experts: what lies between the weights of two experts, in elements, by the name of the tensor.
     """
@@ -58,6 +59,7 @@ class Kernel:
     channels: int = 32
     rows_at_a_time: int = 512
     pads: bool = False
+    before: str = ""
     scratch: str = ""
     experts: Mapping[str, int] = field(default_factory=dict)
 

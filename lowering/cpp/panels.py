@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.cpp import bf16, portable, vnni
+from quark_inductor.lowering.cpp import amx, bf16, portable, vnni
+from quark_inductor.lowering.cpp.bf16 import EXACT
 from quark_inductor.lowering.cpp.kernel import Kernel
 from quark_inductor.lowering.cpp.panel64 import ROWS
 from quark_inductor.lowering.target import Target
@@ -16,13 +17,12 @@ def kernel_of_panels(
     """See :func:`quark_inductor.lowering.cpp.kernels.kernel_for`."""
     channels = _channels(problem, threads)
     # What float32 rounds is less than what the order of a sum does.
-    exact = rounds_to in (None, "float") or {problem.x_format, problem.weight_format} <= bf16.EXACT
-    found: Kernel | None = None
-    if exact and target.has("avx512_vnni"):
-        found = vnni.kernel(problem, inputs, channels)
-    if found is None and (exact or rounds_to == "at::BFloat16") and target.has("avx512_bf16"):
-        found = bf16.kernel(problem, inputs, None if exact else rounds_to, channels)
-    return found or portable.kernel(problem, inputs, channels)
+    if rounds_to == "float" or {problem.x_format, problem.weight_format} <= EXACT:
+        rounds_to = None
+    for isa, family in (("amx", amx), ("avx512_vnni", vnni), ("avx512_bf16", bf16)):
+        if target.has(isa) and (kernel := family.kernel(problem, inputs, rounds_to, channels)) is not None:
+            return kernel
+    return portable.kernel(problem, inputs, channels)
 
 
 def _channels(problem: GemmProblem, threads: int) -> int:

@@ -48,6 +48,9 @@ extern "C" {{export}}
   const int64_t M = {{kernel.size(GemmOut, 0)}};
   constexpr int64_t N = {{N}}, K = {{K}}, MT = {{MT}}, NT = {{NT}};
   constexpr int64_t n_tiles = (N + NT - 1) / NT;
+{%- if chosen.before %}
+  {{chosen.before}};
+{%- endif %}
   const int64_t most = std::min<int64_t>(M, {{rows_at_a_time}});
   uint8_t* const rows = quark::kept_memory<0>({{chosen.rows_bytes}});
 {%- for name in chosen.experts %}

@@ -13,8 +13,10 @@ from quark_inductor.schemes.numerics import integer
 _MOST_COLUMNS = 65535
 
 
-def kernel(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Kernel | None:
-    """The kernel for units of so many channels; ``None`` if there is none."""
+def kernel(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | None, channels: int) -> Kernel | None:
+    """See :func:`quark_inductor.lowering.cpp.bf16.kernel`; it rounds nothing."""
+    if rounds_to is not None:
+        return None
     if problem.x_format == problem.weight_format == "mxfp4" and problem.scale_rule in ("", "even"):
         return _mxfp4(problem, channels)
     if problem.x_format == problem.weight_format == "nvfp4":

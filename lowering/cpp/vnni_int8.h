@@ -13,15 +13,28 @@ constexpr int64_t TILE = 64 * TILE_K;
 constexpr int64_t FEW = 8;                // rows that a GEMV multiplies
 constexpr int64_t MOST_ROWS = 6;          // of a microkernel
 constexpr int64_t CHUNK = 512 / TILE_K;   // tiles of a part of a panel that stays in L1
+#if defined(QUARK_AMX)
+constexpr bool AMX = true;
+constexpr int64_t MANY_ROWS = amx::MOST_ROWS;
+#else
+constexpr bool AMX = false;
+constexpr int64_t MANY_ROWS = MOST_ROWS;
+#endif
 
-// Of prepared rows, in bytes: tile by tile of r rows, codes [K / 32][r][32].
+// Of prepared rows, in bytes: tile by tile of r rows, codes [K / 32][r][32]. AMX multiplies 4 neighbouring k of each of
+// 16 tiles of a panel, those whose channels lie at equal distances: for more than FEW rows [K / 512][8][r][16][4].
 struct Layout {
+  bool interleaved;
   RowTiles tiles;
-  int64_t steps, scales, sums, zeros, bytes;  // steps of 32 k
+  int64_t steps, row_bytes, scales, sums, zeros, bytes;  // steps of 32 k
 
-  Layout(int64_t count, int64_t k) : tiles(count, MOST_ROWS), steps((k + TILE_K - 1) / TILE_K) {
+  Layout(int64_t count, int64_t k)
+      : interleaved(AMX && count > FEW),
+        tiles(count, interleaved ? MANY_ROWS : MOST_ROWS),
+        steps((k + TILE_K - 1) / TILE_K),
+        row_bytes(round_up(steps, interleaved ? CHUNK : 1) * TILE_K) {
     const int64_t of_rows = round_up(count * 4, 64);
-    scales = round_up(count * steps * TILE_K, 64);  // floats; NaN for a row with a NaN
+    scales = round_up(count * row_bytes, 64);  // floats; NaN for a row with a NaN
     sums = scales + of_rows;                        // of the codes
     zeros = sums + of_rows;                         // zero points
     bytes = zeros + of_rows;
@@ -31,15 +44,28 @@ struct Layout {
 inline int64_t rows_bytes(int64_t count, int64_t k) { return Layout(count, k).bytes; }
 inline constexpr int64_t scratch_bytes(int64_t) { return 64 * 4; }
 
-// Where a row's codes are: 32 every `step` bytes.
+// Where a row's codes are.
 struct Row {
+  bool interleaved;
   int8_t* codes;
   int64_t step;
 
-  Row(const Layout& l, uint8_t* rows, int64_t i) {
-    const int64_t tile = l.tiles.of(i), first = l.tiles.first(tile);
-    step = l.tiles.size(tile) * TILE_K;
-    codes = reinterpret_cast<int8_t*>(rows) + (first * l.steps + i - first) * TILE_K;
+  Row(const Layout& l, uint8_t* rows, int64_t i) : interleaved(l.interleaved) {
+    const int64_t tile = l.tiles.of(i), first = l.tiles.first(tile), bytes = interleaved ? 64 : TILE_K;
+    step = l.tiles.size(tile) * bytes;
+    codes = reinterpret_cast<int8_t*>(rows) + first * l.row_bytes + (i - first) * bytes;
+  }
+  // Those of columns k to k + 15.
+  void store(int64_t k, __m128i sixteen) const {
+    if (!interleaved) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k / TILE_K * step + k % TILE_K), sixteen);
+      return;
+    }
+    int8_t* to = codes + (k / 512 * 8 + k % TILE_K / 4) * step + k % 512 / TILE_K * 4;
+    _mm_storeu_si32(to, sixteen);
+    _mm_storeu_si32(to + step, _mm_bsrli_si128(sixteen, 4));
+    _mm_storeu_si32(to + 2 * step, _mm_bsrli_si128(sixteen, 8));
+    _mm_storeu_si32(to + 3 * step, _mm_bsrli_si128(sixteen, 12));
   }
 };
 
@@ -72,13 +98,10 @@ inline void quantize(const T* x, int64_t k, generic::Grid grid, uint8_t* rows, i
     sum = _mm512_add_epi32(sum, stored);
     return _mm512_cvtepi32_epi8(stored);
   };
-  auto store = [&](int64_t at, __m128i codes) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row.codes + at / TILE_K * row.step + at % TILE_K), codes);
-  };
   int64_t at = 0;
-  for (; at + 16 <= k; at += 16) store(at, sixteen(at, 0xffff));
+  for (; at + 16 <= k; at += 16) row.store(at, sixteen(at, 0xffff));
   for (; at < l.steps * TILE_K; at += 16)
-    store(at, at < k ? sixteen(at, __mmask16((1u << (k - at)) - 1)) : _mm_setzero_si128());
+    row.store(at, at < k ? sixteen(at, __mmask16((1u << (k - at)) - 1)) : _mm_setzero_si128());
   const bool number = usable && !nan;
   set_row(
       l, rows, i, number ? grid.scale : std::numeric_limits<float>::quiet_NaN(), _mm512_reduce_add_epi32(sum),
@@ -100,7 +123,8 @@ inline void load(
     const __m256i raw = _mm256_maskz_loadu_epi8(valid, codes + s * TILE_K);
     const __m256i stored = _mm256_maskz_mov_epi8(valid, _mm256_xor_si256(raw, flip));
     sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), stored);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.codes + s * row.step), stored);
+    row.store(s * TILE_K, _mm256_castsi256_si128(stored));
+    row.store(s * TILE_K + 16, _mm256_extracti128_si256(stored, 1));
   }
   alignas(32) int32_t parts[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum);
@@ -197,20 +221,38 @@ __attribute__((noinline)) void multiply(
     for (int g = 0; g < GROUPS; g++) _mm512_storeu_si512(out + m * ld + g * 16, sum[m][g]);
 }
 
-template <int GROUPS>
+template <int GROUPS, int MOST>
 inline void gemm(
     const Layout& l, const uint8_t* rows, int64_t count, const uint8_t* panel, int64_t first_group, float* out,
     int64_t ld) {
   for (int64_t i = 0; i < count; i++) std::memset(out + i * ld, 0, GROUPS * 64);
+#if defined(QUARK_AMX)
+  amx::Shapes shapes;
+  const int64_t wide = std::min<int64_t>(GROUPS, count > amx::ROWS ? 2 : 4), quads = GROUPS / wide * TILE_K / 4;
+#endif
   for (int64_t s = 0; s < l.steps; s += CHUNK) {
     const int64_t steps = std::min(CHUNK, l.steps - s), ahead = std::min(CHUNK, l.steps - s - steps);
     const uint8_t* w = panel + s * TILE + first_group * 512;
+#if defined(QUARK_AMX)
+    Prefetch next(panel + (s + steps) * TILE, GROUPS == 4 ? ahead * TILE : 0, l.tiles.tiles * quads);
+    for (int64_t v = 0; v < GROUPS; v += wide)
+      for (int64_t t = 0; t < l.tiles.tiles; t++) {
+        const int64_t first = l.tiles.first(t), r = l.tiles.size(t);
+        const int8_t* a = codes_at(rows) + first * l.row_bytes + s * r * TILE_K;
+        const amx::Weight weight{w + v * 512, TILE, 512, 64};
+        with_rows<0, (MOST > amx::ROWS)>(count > amx::ROWS, [&](auto pair) {
+          shapes.set(pair, r, steps);
+          amx::multiply_add<pair, GROUPS, amx::Int8>(a, r, weight, 8, out + first * ld + v * 16, ld, next);
+        });
+      }
+#else
     Prefetch next(panel + (s + steps) * TILE, GROUPS == 4 ? ahead * TILE : 0, l.tiles.tiles * steps);
     for (int64_t t = 0; t < l.tiles.tiles; t++) {
       const int64_t first = l.tiles.first(t), r = l.tiles.size(t);
       const int8_t* a = codes_at(rows) + (first * l.steps + s * r) * TILE_K;
       with_rows<3, MOST_ROWS>(r, [&](auto mr) { multiply<mr, GROUPS>(a, w, steps, out + first * ld, ld, next); });
     }
+#endif
   }
 }
 
@@ -277,7 +319,7 @@ inline void tile(
         gemv<mr, GROUPS>(a, panel + first_group * 512, l.steps, out + first * ld, ld);
       });
   } else if constexpr (MOST > FEW) {
-    gemm<GROUPS>(l, rows, count, panel, first_group, out, ld);
+    gemm<GROUPS, MOST>(l, rows, count, panel, first_group, out, ld);
   }
   bool zero_points = false;
   for (int64_t i = 0; i < count; i++) zero_points |= ints(rows + l.zeros)[i] != 0;

@@ -46,6 +46,19 @@ def test_cpu(monkeypatch: pytest.MonkeyPatch, lacking: str | None, variable: str
     assert current() == current("cpu") == Target(device_type="cpu", arch=platform.machine(), isa=isa)
 
 
+@pytest.mark.parametrize(
+    ("has", "permitted", "isa"), [(True, True, "amx"), (True, False, "avx512_bf16"), (False, True, "avx512_bf16")]
+)
+def test_amx(monkeypatch: pytest.MonkeyPatch, has: bool, permitted: bool, isa: str) -> None:
+    """The system has to permit it."""
+    below = {**AVX512, "avx512_bf16": True, "avx512_vbmi": True, "amx_tile": True, "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**below, "amx_int8": has})
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: permitted)
+    monkeypatch.delenv("QUARK_INDUCTOR_ISA", raising=False)
+    assert current().isa == isa
+    assert current().has("avx512_bf16")
+
+
 def test_cpu_without_any_feature(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on ARM, where the names do not exist."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64", "neon": True})

@@ -1,10 +1,14 @@
-// The kernels of lowering/cpp/bf16.h against float64, and (argument "bench") their speed.
+// The kernels of lowering/cpp/bf16.h, with HARNESS_AMX those that multiply by amx.h, against float64, and (argument
+// "bench") their speed.
 //
 //   g++ -std=c++17 -O3 -march=native -DQUARK_AVX512 -I<torch include> -Ilowering/cpp harness_bf16.cpp
 #include "common.h"
 #include "generic.h"
 #include "panels.h"
 #include "bf16_codes.h"
+#if defined(HARNESS_AMX)
+#include "amx.h"
+#endif
 #include "bf16.h"
 
 #include <sys/mman.h>
@@ -767,6 +771,12 @@ void bench_all(int64_t n, int64_t k) {
   auto even6 = [&](const at::BFloat16* x, uint8_t* r, int64_t i, int64_t c) {
     quantize_blocks<generic::Fp6E2M3, 32, generic::Even>(x, k, 1.0f, 0.0f, r, i, c);
   };
+  auto even4 = [&](const at::BFloat16* x, uint8_t* r, int64_t i, int64_t c) {
+    quantize_blocks<generic::Fp4, 32, generic::Even>(x, k, 1.0f, 0.0f, r, i, c);
+  };
+  auto sequential = [&](const at::BFloat16* x, uint8_t* r, int64_t i, int64_t c) {
+    quantize_blocks<generic::Fp4, 16, generic::Sequential>(x, k, 0.0017f, 0.0f, r, i, c);
+  };
   auto copied = [&](const at::BFloat16* x, uint8_t* r, int64_t i, int64_t c) { copy(x, k, r, i, c); };
   auto int8 = [&](const at::BFloat16* x, uint8_t* r, int64_t i, int64_t c) {
     quantize_integers<-128, 127, true>(x, k, r, i, c);
@@ -779,6 +789,8 @@ void bench_all(int64_t n, int64_t k) {
   bench<Fp8E4M3>("fp8 weight only", n, k, k, OfRows{}, of_channels, 0, 0, 1, copied);
   bench<Fp4>("mxfp4 weight only", n, k, k, OfRows{}, mx, 64, 110, 130, copied);
   bench<Fp4>("mxfp4 x fp8 given", n, k, k, OfRows{}, mx, 64, 110, 130, given);
+  bench<Fp4>("mxfp4 x mxfp4", n, k, k, OfRows{}, mx, 64, 110, 130, even4);
+  bench<Fp4>("nvfp4 x nvfp4", n, k, k, OfRows{}, nv, 128, 20, 120, sequential);
   bench<Fp8E4M3>("mxfp8 x mxfp8 rceil", n, k, k, OfRows{}, mx, 64, 110, 130, rceil);
   bench<Fp6E2M3>("mxfp6 x mxfp6", n, k, k, OfRows{}, mx, 64, 110, 130, even6);
   bench<Fp4>("nvfp4 weight only", n, k, k, OfRows{}, nv, 128, 20, 120, copied);
@@ -791,6 +803,9 @@ void bench_all(int64_t n, int64_t k) {
 }  // namespace
 
 int main(int argc, char** argv) {
+#if defined(HARNESS_AMX)
+  quark::amx::permit();
+#endif
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "bench") {
     bench_of = argc > 2 ? argv[2] : "";
@@ -802,8 +817,10 @@ int main(int argc, char** argv) {
     worst = 0.0;
     for (int i = 0; i < rounds; i++) {
       f(name, at::BFloat16());
+#if !defined(HARNESS_AMX)  // which differs in products alone
       f(name, at::Half());
       f(name, float());
+#endif
     }
     printf("%s: worst error %.2g of the row's largest, or half the magnitudes\n", name, worst);
     fflush(stdout);

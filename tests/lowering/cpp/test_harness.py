@@ -18,7 +18,7 @@ from quark_inductor.lowering import target
 
 HERE = Path(__file__).parent
 HEADERS = Path(target.__file__).parent / "cpp"
-HARNESSES = {"vnni": "avx512_vnni", "bf16": "avx512_bf16"}
+HARNESSES = {"vnni": "avx512_vnni", "bf16": "avx512_bf16", "amx_vnni": "amx", "amx_bf16": "amx"}
 # Vector registers that a function keeps on the stack.
 _STACK = re.compile(r"vmov[a-z0-9]+ .*(?:%zmm\d+,.*\(%r[sb]p|\(%r[sb]p[^)]*\),%zmm)")
 # The loops that must not: the microkernels, by their names.
@@ -34,7 +34,9 @@ def build(name: str, folder: Path, *flags: str) -> Path:
     include = Path(torch.__file__).parent / "include"
     program = folder / name
     command = [compiler, "-std=c++17", "-march=native", "-fopenmp", "-DQUARK_AVX512", f"-I{HEADERS}", f"-I{include}"]
-    source = HERE / f"harness_{name}.cpp"
+    source = HERE / f"harness_{name.removeprefix('amx_')}.cpp"
+    if name.startswith("amx_"):
+        command.append("-DHARNESS_AMX")
     done = subprocess.run([*command, *flags, source, "-o", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:4000]
     return program
@@ -110,7 +112,7 @@ def test_the_portable_kernels_compile_for(machine: str, tmp_path: Path) -> None:
     names = sorted(h.name for h in HEADERS.glob("*.h"))
     source = tmp_path / "all.cpp"
     # In the order in which the template has them.
-    first = [name for name in ("common.h", "generic.h", "panels.h", "bf16_codes.h", "vnni.h") if name in names]
+    first = [name for name in ("common.h", "generic.h", "panels.h", "bf16_codes.h", "amx.h", "vnni.h") if name in names]
     includes = [*first, *(name for name in names if name not in first)]
     source.write_text("".join(f'#include "{name}"\n' for name in includes) + EVERY_CPU)
     include = Path(torch.__file__).parent / "include"

@@ -20,6 +20,25 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
+def cores() -> int:
+    """Those this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One a core, 8 at most, as each collects all tests; for tests that are given by name none but this process."""
+    if cores() == 1 or all("::" in argument for argument in config.args):
+        return 0
+    return min(cores(), 8)
+
+
+# Workers share the cores, but each has two threads at least: with one, kernels would not be tested in parallel. A
+# thread that waits sleeps, as another worker has use for its core. Both are read when torch is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No graph of another test's, from memory or from a cache; kernels are reused where their source is the same."""

@@ -91,7 +91,7 @@ class Tree:
 def communicate(process: subprocess.Popen[str]) -> tuple[str, str]:
     """A process that waits for a lock nobody will release fails the test, and ends."""
     try:
-        return process.communicate(timeout=120)
+        return process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

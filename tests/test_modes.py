@@ -125,9 +125,9 @@ def assert_fused(results: list[Any], family: str) -> None:
     assert kernels == {f"quark.{op}.cpp": 3}
 
 
-def all_families(one: str) -> list[Any]:
-    """One in the fast run; kernels take their time."""
-    return [name if name == one else pytest.param(name, marks=pytest.mark.fuzz) for name in RULES]
+def all_families(*some: str) -> list[Any]:
+    """These in the fast run; kernels take their time."""
+    return [name if name in some else pytest.param(name, marks=pytest.mark.fuzz) for name in RULES]
 
 
 # --- ways of compiling
@@ -184,8 +184,9 @@ def test_cpp_wrapper(model: Any, family: str) -> None:
     assert_fused(results, family)
 
 
+# Of each kind of weight one, with two scales, one, a zero point and groups among them.
 @pytest.mark.slow
-@pytest.mark.parametrize("family", RULES)
+@pytest.mark.parametrize("family", all_families("nvfp4", "ptpc_fp8", "int8_asymmetric", "int4_wo_128"))
 def test_ahead_of_time(model: Any, family: str, tmp_path: Path) -> None:
     """``torch.export`` and AOTInductor: one package for any number of tokens."""
     mlp = model(family)

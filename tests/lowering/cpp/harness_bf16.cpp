@@ -1,7 +1,7 @@
-// The kernels of lowering/cpp/bf16.h, with HARNESS_AMX those that multiply by amx.h, against float64, and (argument
-// "bench") their speed.
+// The kernels of lowering/cpp/bf16.h, with HARNESS_AMX those that multiply by amx.h, against float64, and (-DBENCH,
+// argument "bench") their speed.
 //
-//   g++ -std=c++17 -O3 -march=native -DQUARK_AVX512 -I<torch include> -Ilowering/cpp harness_bf16.cpp
+//   g++ -std=c++17 -O3 -march=native -DQUARK_AVX512 -DBENCH -I<torch include> -Ilowering/cpp harness_bf16.cpp
 #include "common.h"
 #include "generic.h"
 #include "panels.h"
@@ -620,6 +620,7 @@ void check_fills() {
 
 // --- speed
 
+#ifdef BENCH  // takes long to compile
 double now() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
@@ -799,6 +800,7 @@ void bench_all(int64_t n, int64_t k) {
   bench<Int8>("int8 weight only", n, k, k, OfRows{}, of_channels, 0, 0, 1, copied);
   bench<Int8>("int8 x int8", n, k, k, OfRows{}, of_channels, 0, 0, 1, int8);
 }
+#endif
 
 }  // namespace
 
@@ -808,9 +810,14 @@ int main(int argc, char** argv) {
 #endif
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "bench") {
+#ifdef BENCH
     bench_of = argc > 2 ? argv[2] : "";
     bench_all(4096, 4096);
     return 0;
+#else
+    printf("compiled without -DBENCH\n");
+    return 2;
+#endif
   }
   const int rounds = mode.empty() ? 12 : std::atoi(argv[1]);
   auto every = [&](const char* name, auto f) {

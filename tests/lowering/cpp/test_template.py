@@ -117,8 +117,15 @@ def test_an_epilogue_is_part_of_the_kernel(isa: str) -> None:
     assert ("#define QUARK_AVX512" in code) == (isa != "portable")
 
 
-@pytest.mark.parametrize("make", [mxfp4, fp8, uint4])
-@pytest.mark.parametrize("aot", [False, True])
+# What is fused is decided before either kind of code is written: one format tells of the second, which takes long.
+@pytest.mark.parametrize(
+    ("make", "aot"),
+    [
+        *((make, False) for make in (mxfp4, fp8, uint4)),
+        (mxfp4, True),
+        *(pytest.param(make, True, marks=pytest.mark.fuzz) for make in (fp8, uint4)),
+    ],
+)
 def test_an_epilogue_of_an_epilogue_that_is_turned(
     compiled: Callable[..., Any], make: Callable[..., Any], aot: bool, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from quark_inductor import checkpoint, files
 from quark_inductor.loading import Accounting, account, assign, fill_zero_points, finish, insert_linears
-from quark_inductor.schemes.base import PER_CALL
+from quark_inductor.schemes.base import PER_CALL, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.ops import dtype_of
 
@@ -65,7 +65,9 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._accounting is not None
         fill_zero_points(model, self._accounting)
-        finish(model, PER_CALL)
+        for name, module in model.named_modules():
+            if isinstance(module, QuarkLinear):
+                finish(name, module, PER_CALL)
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,7 @@ def load(
         if scheme is not None and name.removesuffix(".weight") in linears and name not in stored and source in stored:
             stored[name] = stored[source]
     online = {} if scheme is None else {f"{name}.weight": linear for name, (_, linear) in linears.items()}
-    _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict, online)
-    finish(model, emulation)
+    _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict, online, emulation)
     model.requires_grad_(False)
     return model.eval()
 
@@ -135,31 +135,20 @@ def insert_linears(
     return linears
 
 
-def finish(model: nn.Module, emulation: str) -> None:
-    """What is left to do to the quantized Linears once their tensors are loaded.
+def finish(name: str, linear: QuarkLinear, emulation: str) -> None:
+    """What is left to do to a quantized Linear once its tensors are loaded.
 
     Raises:
-        CheckpointError: a layer's numbers are damaged.
+        CheckpointError: its numbers are damaged; names the layer.
     """
-    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuarkLinear)}
-    packed = sum(p.nbytes for m in quantized.values() for p in m.parameters())
-    for name, module in quantized.items():
-        with naming(name):
-            module.scheme.process_weights_after_loading(module)
-        module.scheme.adapt_to(module, current(next(module.parameters()).device.type).arch)
-        if emulation == AT_LOAD:
-            module.dequantize_()
-        else:
-            module.pack_()
-            _return_freed_memory()
+    with naming(name):
+        linear.scheme.process_weights_after_loading(linear)
+    linear.scheme.adapt_to(linear, current(next(linear.parameters()).device.type).arch)
     if emulation == AT_LOAD:
-        floats = sum(p.nbytes for m in quantized.values() for p in m.parameters())
-        log.warning(
-            "%d Linears were dequantized at load: %.1f MB instead of %.1f MB, and no kernel for them",
-            len(quantized),
-            floats / 1e6,
-            packed / 1e6,
-        )
+        linear.dequantize_()
+    else:
+        linear.pack_()
+    _return_freed_memory()
 
 
 def _calibrated(
@@ -355,24 +344,48 @@ def _fill(
     stored_dtype: torch.dtype,
     strict: bool,
     online: Mapping[str, QuarkLinear],
+    emulation: str,
 ) -> None:
     from rich.progress import track
 
     accounting = account(model, stored, stored_dtype, strict, online)
-    for name in track(list(accounting.targets), "Loading", transient=True, console=_console()):
+    fill_zero_points(model, accounting, device)
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, QuarkLinear)}
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in accounting.targets}
+    # A Linear is finished as soon as its last tensor is there, and the largest come first: what finishing one takes
+    # is memory besides all that were loaded before.
+    left = Counter(owners.values())
+    sizes: Counter[nn.Module] = Counter()
+    for name, target in accounting.targets.items():
+        sizes[owners[name]] += target.nbytes
+    packed = 0
+    names = sorted(owners, key=lambda name: (-sizes[owners[name]], name))
+    for name in track(names, "Loading", transient=True, console=_console()):
         target = accounting.targets[name]
         tensor = files.read_tensor(stored[name]).reshape(target.shape).to(device=device, dtype=target.dtype)
-        owner, _, parameter = name.rpartition(".")
-        quantized = isinstance(model.get_submodule(owner), QuarkLinear) and parameter != "bias" and name not in online
+        owner = owners[name]
+        quantized = isinstance(owner, QuarkLinear) and not name.endswith(".bias") and name not in online
         # Those of a quantized Linear are looked at when all of them are there.
-        if not quantized and not tensor.isfinite().all():
+        if not quantized and not _is_finite(tensor):
             raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
         if name in online:
             set_parameters(online[name], **online[name].scheme.quantize_weight(tensor))
             _return_freed_memory()
         else:
             assign(model, name, tensor)
-    fill_zero_points(model, accounting, device)
+        del tensor
+        left[owner] -= 1
+        if isinstance(owner, QuarkLinear) and not left[owner]:
+            packed += sum(p.nbytes for p in owner.parameters())
+            finish(linears[owner], owner, emulation)
+    if emulation == AT_LOAD:
+        floats = sum(p.nbytes for linear in linears for p in linear.parameters())
+        log.warning(
+            "%d Linears were dequantized at load: %.1f MB instead of %.1f MB, and no kernel for them",
+            len(linears),
+            floats / 1e6,
+            packed / 1e6,
+        )
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name in tied:
         if name in stored and not torch.equal(model.get_parameter(name), model.get_parameter(tied[name])):
@@ -382,6 +395,11 @@ def _fill(
     for name, buffer in model.named_buffers():
         if buffer.device != device:
             assign(model, name, buffer.to(device))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A piece at a time: what isfinite() makes on its way is several times as large as an embedding.
+    return all(bool(piece.isfinite().all()) for piece in tensor.flatten().split(2**20))
 
 
 def _return_freed_memory() -> None:

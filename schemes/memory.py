@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-_CHUNK = 32 << 20
+# Address space until it is written: of every chunk at most a part of one page is lost.
+_CHUNK = 128 << 20
 _ALIGNMENT = 64
 
 

@@ -15,7 +15,9 @@ A weight ``[N, K]``, N padded to a multiple of 64 and K to one of 32 with codes 
   codes are stored plus 128.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,15 +25,15 @@ from torch.nn.functional import pad
 
 from quark_inductor.schemes import memory
 from quark_inductor.schemes.layout import Layout, Stored, register_layout
-from quark_inductor.schemes.numerics import fp4, fp6, int4
+from quark_inductor.schemes.numerics import fp6, int4
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
-from quark_inductor.schemes.operands import features, fp8_weight
+from quark_inductor.schemes.operands import codes_dtype, features
 
 ROWS, COLUMNS = 64, 32
 NAME = "panel64"
 # Scale bytes from here on stand for 2^64 and more; kernels add exponents and would wrap around.
 _LARGEST_E8M0 = 190
-_AT_ONCE = 16
+_AT_ONCE = 4
 
 
 def bits(format: str) -> int:
@@ -76,7 +78,8 @@ class Panel64(Layout):
         # A few panels at a time: what lies between is larger than the result.
         for first in range(0, panels, _AT_ONCE):
             codes = _codes(tensors[0], stored, first * ROWS, min(n, (first + _AT_ONCE) * ROWS))
-            padded = pad(codes, (0, -k % COLUMNS, 0, -len(codes) % ROWS), value=_zero(stored.format))
+            more = tiles * _order(stored.format).tile_bytes - codes.shape[1]
+            padded = pad(codes, (0, more, 0, -len(codes) % ROWS), value=_zero(stored.format))
             packed[first : first + _AT_ONCE, :, scales:] = _arranged(padded, stored.format)
         if scales:
             blocks, per_tile = tensors[1].view(torch.uint8), scale_bytes(stored.format)
@@ -88,10 +91,9 @@ class Panel64(Layout):
         """See :class:`Layout`."""
         n, k = _features(stored)
         scales = ROWS * scale_bytes(stored.format)
-        if stored.format in BLOCK_FORMATS and bits(stored.format) == 4:
-            tensors = [_fp4_in_order(packed[:, :, scales:])[:n, : k // 2]]
-        else:
-            tensors = [_stored_codes(_in_order(packed[:, :, scales:], stored.format)[:n, :k], stored)]
+        columns = k // 2 if bits(stored.format) == 4 else k
+        codes = _in_order(packed[:, :, scales:], stored.format)[:n, :columns]
+        tensors = [_stored_codes(codes.contiguous(), stored)]
         if scales:
             f = BLOCK_FORMATS[stored.format]
             blocks = packed[:, :, :scales].unflatten(2, (-1, ROWS)).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
@@ -111,86 +113,124 @@ def _zero(format: str) -> int:
     return 128 if format == "int8" else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """How a tile's codes are ordered, in units of several codes of one channel.
+
+    Attributes:
+        unit: an integer as wide as one.
+        channels: dimensions of the tile's 64 channels.
+        columns: dimensions of a channel's units.
+        places: the order of those dimensions in the tile.
+    """
+
+    unit: torch.dtype
+    channels: tuple[int, ...]
+    columns: tuple[int, ...]
+    places: tuple[int, ...]
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a channel."""
+        return math.prod(self.columns) * self.unit.itemsize
+
+
+_EIGHT_NIBBLES = _Order(torch.int32, (4, 16), (4,), (0, 2, 1))
+_FOUR_BYTES = _Order(torch.int32, (4, 16), (4, 2), (0, 2, 3, 1))
+_TWO_BYTES = _Order(torch.int16, (4, 4, 4), (4, 2, 2), (0, 3, 4, 1, 5, 2))
+
+
+def _order(format: str) -> _Order:
+    if bits(format) == 4:
+        return _EIGHT_NIBBLES
+    return _FOUR_BYTES if format in ("int8", "uint8") else _TWO_BYTES
+
+
 def _codes(weight: Tensor, stored: Stored, begin: int, end: int) -> Tensor:
-    """uint8 ``[N, K]``, one code an entry, of the channels from ``begin`` to ``end``."""
+    """uint8 rows of the channels from ``begin`` to ``end``: a code a byte, or two as :func:`_evens_first` has them."""
     format = stored.format
     if not stored.transposed:
         weight = weight[begin:end]
     elif bits(format) == 4:
         weight = weight[:, begin // 8 : -(-end // 8)]
     else:
-        weight = weight[:, begin:end]
-    if format in BLOCK_FORMATS:
-        element = BLOCK_FORMATS[format].element
-        if element == "fp4":
-            return fp4.unpack(weight).to(torch.uint8)
-        return fp6.unpack(weight).to(torch.uint8) if "fp6" in element else weight.view(torch.uint8)
+        weight = weight[:, begin:end].t()
+    if format in BLOCK_FORMATS and "fp6" in BLOCK_FORMATS[format].element:
+        return fp6.unpack(weight).to(torch.uint8)
     if bits(format) == 4:
-        codes = int4.unpack(weight, _packing(format)).to(torch.uint8) & 15
-    else:
-        codes = weight.contiguous().view(torch.uint8)
-        codes = codes ^ 128 if format == "int8" else codes
-    return codes.t() if stored.transposed else codes
+        if stored.transposed:
+            words = int4.pack(int4.unpack(weight, _packing(format)).t(), "reorder")
+        else:
+            words = weight.contiguous().view(torch.int32)
+            words = words if _is_evens_first(format) else _evens_first(words)
+        return words.view(torch.uint8)
+    codes = weight.contiguous().view(torch.uint8)
+    return codes ^ 128 if format == "int8" else codes
 
 
 def _packing(format: str) -> str:
     return "int4" if format == "int4_fp8" else format
 
 
+def _is_evens_first(format: str) -> bool:
+    return format not in BLOCK_FORMATS and int4.FORMATS[_packing(format)][1] == "reorder"
+
+
 def _stored_codes(codes: Tensor, stored: Stored) -> Tensor:
     """The inverse of :func:`_codes`."""
     format = stored.format
-    if format in BLOCK_FORMATS:
-        f = BLOCK_FORMATS[format]
-        if f.element == "fp4":
-            return fp4.pack(codes.to(torch.int32))
-        return fp6.pack(codes.to(torch.int32)) if "fp6" in f.element else codes.contiguous().view(f.codes_dtype)
-    codes = codes.t() if stored.transposed else codes
+    if format in BLOCK_FORMATS and "fp6" in BLOCK_FORMATS[format].element:
+        return fp6.pack(codes.to(torch.int32))
     if bits(format) == 4:
-        return int4.pack(codes, int4.FORMATS[_packing(format)][1])
-    if format in ("int8", "uint8"):
-        return (codes ^ 128).contiguous().view(torch.int8) if format == "int8" else codes.contiguous()
-    of_fp8 = fp8_weight(format)
-    assert of_fp8 is not None
-    return codes.contiguous().view(of_fp8[0])
+        words = codes.view(torch.int32)
+        if stored.transposed:
+            # Whether codes have a sign does not matter to their bits.
+            return int4.pack(int4.unpack(words, "uint4").t(), int4.FORMATS[_packing(format)][1])
+        words = words if _is_evens_first(format) else _in_sequence(words)
+        return words.view(torch.uint8) if format in BLOCK_FORMATS else words
+    codes = codes ^ 128 if format == "int8" else codes
+    codes = codes.t().contiguous() if stored.transposed else codes
+    return codes.view(codes_dtype(format))
+
+
+def _evens_first(words: Tensor) -> Tensor:
+    """int32 of eight codes each, the first lowest, to the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    return _bytes_swapped(_nibbles_swapped(words))
+
+
+def _in_sequence(words: Tensor) -> Tensor:
+    """The inverse of :func:`_evens_first`."""
+    return _nibbles_swapped(_bytes_swapped(words))
+
+
+def _nibbles_swapped(words: Tensor) -> Tensor:
+    """The middle two of every 16 bits."""
+    differ = (words ^ (words >> 4)) & 0x00F000F0
+    return words ^ differ ^ (differ << 4)
+
+
+def _bytes_swapped(words: Tensor) -> Tensor:
+    """The middle two of every 32 bits."""
+    differ = (words ^ (words >> 8)) & 0x0000FF00
+    return words ^ differ ^ (differ << 8)
 
 
 def _arranged(codes: Tensor, format: str) -> Tensor:
-    """uint8 ``[N, K]`` to ``[N / 64, K / 32, bytes]``."""
-    panels, tiles = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS
-    # panel, group of 16 channels, channel, tile, chunk, k
-    chunks = codes.reshape(panels, 4, 16, tiles, 4, 8).permute(0, 3, 1, 4, 2, 5)
-    if bits(format) == 4:
-        # k is 4 a + 2 b + c: nibble b of byte 2 c + a
-        nibbles = chunks.unflatten(-1, (2, 2, 2)).permute(0, 1, 2, 3, 4, 7, 5, 6)
-        return (nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(panels, tiles, -1)
-    quads = chunks.unflatten(-1, (2, 4)).transpose(4, 5)  # panel, tile, group, chunk, half, channel, k
-    if format in ("int8", "uint8"):
-        return quads.reshape(panels, tiles, -1)
-    pairs = quads.unflatten(-1, (2, 2)).unflatten(5, (4, 4)).permute(0, 1, 2, 3, 4, 5, 7, 6, 8)
-    ordered = pairs.reshape(panels, tiles, -1)
+    """Rows of codes, of whole tiles, to ``[N / 64, K / 32, bytes]``."""
+    order = _order(format)
+    units = codes.view(order.unit).unflatten(0, (-1, *order.channels)).unflatten(-1, (-1, *order.columns))
+    tile = 1 + len(order.channels)
+    ordered = units.permute(0, tile, *(1 + p + (p >= tile - 1) for p in order.places)).flatten(2).view(torch.uint8)
     return fp6.pack(ordered.to(torch.int32)) if bits(format) == 6 else ordered
-
-
-def _fp4_in_order(packed: Tensor) -> Tensor:
-    """The inverse of :func:`_arranged` of two codes a byte, without taking them apart: uint8 ``[N, K / 2]``."""
-    panels, tiles = packed.shape[:2]
-    even, odd = packed.reshape(panels, tiles, 4, 4, 16, 2, 2).unbind(5)
-    both = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), -1)
-    return both.permute(0, 2, 4, 1, 3, 5, 6).reshape(panels * ROWS, tiles * COLUMNS // 2)
 
 
 def _in_order(packed: Tensor, format: str) -> Tensor:
     """The inverse of :func:`_arranged`."""
-    panels, tiles = packed.shape[:2]
-    if bits(format) == 4:
-        bytes_ = packed.to(torch.int32).view(panels, tiles, 4, 4, 16, 2, 2)
-        nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), -1)  # ..., c, a, b
-        chunks = nibbles.permute(0, 1, 2, 3, 4, 6, 7, 5).to(torch.uint8).flatten(5)
-    elif format in ("int8", "uint8"):
-        chunks = packed.reshape(panels, tiles, 4, 4, 2, 16, 4).transpose(4, 5).flatten(5)
-    else:
-        ordered = fp6.unpack(packed).to(torch.uint8) if bits(format) == 6 else packed
-        pairs = ordered.reshape(panels, tiles, 4, 4, 2, 4, 2, 4, 2).permute(0, 1, 2, 3, 5, 7, 4, 6, 8)
-        chunks = pairs.reshape(panels, tiles, 4, 4, 16, 8)
-    return chunks.permute(0, 2, 4, 1, 3, 5).reshape(panels * ROWS, tiles * COLUMNS)
+    order = _order(format)
+    ordered = fp6.unpack(packed).to(torch.uint8) if bits(format) == 6 else packed
+    sizes = order.channels + order.columns
+    units = ordered.view(order.unit).unflatten(2, [sizes[p] for p in order.places])
+    back = [2 + order.places.index(p) for p in range(len(sizes))]
+    channels = len(order.channels)
+    rows = units.permute(0, *back[:channels], 1, *back[channels:]).flatten(channels + 1).flatten(0, channels)
+    return rows.view(torch.uint8)

@@ -77,3 +77,12 @@ def test_the_float_model_is_never_in_memory(tmp_path: Path, python: Callable[...
         peak, quantized, _ = json.loads(python(LOAD, FIXTURES / "base", tmp_path / "model", scheme))
         assert peak > 0.9 * quantized  # it was measured
         assert peak < 1.1 * quantized + 6 * largest < size
+
+
+def test_packing_takes_little_beside_the_packed_weights(tmp_path: Path, python: Callable[..., str]) -> None:
+    """The packed model, 3 times its largest weight, and 10 % for huge pages that are not full."""
+    python(MAKE, tmp_path / "model", "2048", "5632", "2", "mxfp4")
+    peak, packed, largest = json.loads(python(LOAD, FIXTURES / "mxfp4", tmp_path / "model", ""))
+    assert packed > 50e6
+    assert peak > 0.9 * packed  # it was measured
+    assert peak < 1.1 * packed + 3 * largest

@@ -22,6 +22,7 @@ Source: OCP Microscaling Formats (MX) v1.0, section 5; amd-quark 0.13, ``observe
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -179,6 +180,11 @@ def dequantize(
     return _scaled(elements, scales, format, dtype, global_scale, zero_scale)
 
 
+# Elements that are dequantized together: what lies between codes and result is several times as large as both, and
+# memory that is new each time is slow.
+_AT_ONCE = 1 << 18
+
+
 @functools.cache
 def _byte_values(device: torch.device) -> Tensor:
     """float32 ``[256, 2]``: the two FP4 values of every byte."""
@@ -197,8 +203,14 @@ def dequantize_by_table(
     format = check(name, global_scale=global_scale)
     if format.element != "fp4":
         return dequantize(codes, scales, name, dtype, global_scale, zero_scale)
-    elements = F.embedding(codes.to(torch.int32), _byte_values(codes.device)).flatten(-2)
-    return _scaled(elements, scales, format, dtype, global_scale, zero_scale)
+    values, k = _byte_values(codes.device), 2 * codes.shape[-1]
+    result = torch.empty(*codes.shape[:-1], k, dtype=dtype, device=codes.device)
+    n, rows = math.prod(codes.shape[:-1]), max(1, _AT_ONCE // max(1, k))
+    parts = (t.reshape(n, t.shape[-1]).split(rows) for t in (codes, scales, result))
+    for some_codes, some_scales, part in zip(*parts, strict=True):
+        elements = F.embedding(some_codes.to(torch.int32), values).flatten(-2)
+        part.copy_(_scaled(elements, some_scales, format, dtype, global_scale, zero_scale))
+    return result
 
 
 def _scaled(

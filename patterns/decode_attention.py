@@ -6,15 +6,14 @@ heads that share them need no copies. Measured in ``benchmarks/cpu_llm.md``.
 """
 
 import operator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from quark_inductor.patterns._inductor import detect_fake_mode, fwd_only
 from quark_inductor.patterns.base import same_shape, value
-from quark_inductor.patterns.late_decomposition import replace_by
+from quark_inductor.patterns.late_decomposition import PlainGraphs, replace_by
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -43,27 +42,23 @@ def attend(query: Tensor, key: Tensor, values: Tensor, mask: Tensor | None, scal
 def decode_attention(graph: Graph) -> int:
     """Rewrite every attention of one query token in a graph, in place; returns how many there were."""
     found = [node for node in graph.find_nodes(op="call_function", target=_attention) if _is_of_one_token(node)]
+    plain = PlainGraphs()
     for node in found:
         query, key, values, *_ = node.args
         mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")
         tensors = [t for t in (query, key, values, mask) if isinstance(t, Node)]
+        factor = value(tensors[0]).shape[-1] ** -0.5 if scale is None else float(scale)
         (output,) = node.users
-        replace_by(output, _traced(tensors, scale).graph, tensors)
+        replace_by(output, plain.of(_attend_by(factor), factor, tensors), tensors)
         graph.erase_node(node)
     return len(found)
 
 
-def _traced(tensors: list[Node], scale: Any) -> GraphModule:
-    fakes = [value(tensor) for tensor in tensors]
-    factor = fakes[0].shape[-1] ** -0.5 if scale is None else float(scale)
-    mode = detect_fake_mode(fakes)
-    assert mode is not None, "a graph that is compiled holds fake tensors"
-
+def _attend_by(scale: float) -> Callable[..., Tensor]:
     def call(query: Tensor, key: Tensor, values: Tensor, *mask: Tensor) -> Tensor:
-        return attend(query, key, values, mask[0] if mask else None, factor)
+        return attend(query, key, values, mask[0] if mask else None, scale)
 
-    with mode:
-        return fwd_only(call, fakes)
+    return call
 
 
 def _is_of_one_token(node: Node) -> bool:

@@ -6,33 +6,32 @@ the weight is read: the head of a language model, which stays float, else takes 
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from quark_inductor.patterns._inductor import detect_fake_mode, fwd_only
 from quark_inductor.patterns.base import GEMMS, same_shape, value
-from quark_inductor.patterns.late_decomposition import replace_by
+from quark_inductor.patterns.late_decomposition import PlainGraphs, replace_by
 
 _aten = torch.ops.aten
 # Smaller weights are in a cache, where torch's kernel is as fast.
 _LEAST = 1 << 20
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [1, K]`` by ``weight [N, K]``, summed in float32, plus ``bias [N]``; in the dtype of ``x``."""
+def multiply(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+    """``x [1, K]`` by ``weight [N, K]``, summed in float32, plus ``bias [N]`` if given; in the dtype of ``x``."""
     sums = (x.float() * weight.float()).sum(-1)
-    if bias is not None:
-        sums = sums + bias.float()
+    if bias:
+        sums = sums + bias[0].float()
     return sums.to(x.dtype).unsqueeze(0)
 
 
 def decode_linear(graph: Graph) -> int:
     """Rewrite every such product in a graph, in place; returns how many there were."""
-    found = 0
+    found, plain = 0, PlainGraphs()
     for target in (_aten.mm.default, _aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
             tensors = _operands(node)
             if tensors is not None:
-                replace_by(node, _traced(tensors).graph, tensors)
+                replace_by(node, plain.of(multiply, None, tensors), tensors)
                 found += 1
     return found
 
@@ -62,15 +61,3 @@ def _operands(node: Node) -> list[Node] | None:
     if not fits or (isinstance(bias, Node) and not same_shape(value(bias).shape, w.shape[:1])):
         return None
     return [tensor for tensor in (row, weight, bias) if isinstance(tensor, Node)]
-
-
-def _traced(tensors: list[Node]) -> GraphModule:
-    fakes = [value(tensor) for tensor in tensors]
-    mode = detect_fake_mode(fakes)
-    assert mode is not None, "a graph that is compiled holds fake tensors"
-
-    def call(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        return multiply(x, weight, bias[0] if bias else None)
-
-    with mode:
-        return fwd_only(call, fakes)

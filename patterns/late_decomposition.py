@@ -1,13 +1,14 @@
 """What no rule consumed becomes plain aten again, so that Inductor compiles the emulation like any other code."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from quark_inductor.patterns._inductor import detect_fake_mode, fwd_only
+from quark_inductor.patterns.base import value
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.numerics import block, int4
 
@@ -24,41 +25,48 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _kind(argument: Any) -> Any:
-    """What a traced replacement depends on, of an argument of a call."""
-    if not isinstance(argument, Node):
-        return argument
-    val = argument.meta["val"]
-    return str(val.shape), str(val.stride()), val.dtype, val.device
+class PlainGraphs:
+    """Functions traced to plain graphs, each once for every kind of tensors: a model's layers are mostly alike.
+
+    Tracing takes 20 ms and more. For the nodes of one graph only, whose fake tensors are of one mode.
+    """
+
+    def __init__(self) -> None:
+        self._traced: dict[Any, GraphModule] = {}
+
+    def of(self, function: Callable[..., Any], key: Hashable, tensors: Sequence[Node]) -> Graph:
+        """The graph of a function of the tensors that these nodes compute; ``key`` says all else that it depends on."""
+        values = [value(node) for node in tensors]
+        key = key, *((str(v.shape), str(v.stride()), v.dtype, v.device) for v in values)
+        if key not in self._traced:
+            mode = detect_fake_mode(values)
+            assert mode is not None, "a graph that is compiled holds fake tensors"
+            with mode:  # what the plain form creates must be fake too
+                self._traced[key] = fwd_only(function, values)
+        return self._traced[key].graph
 
 
 def late_decomposition(graph: Graph) -> int:
     """Decompose every op of ours left in a graph but the fused ones; returns how many there were."""
-    # Tracing takes 20 ms; a model's layers are mostly alike. For one graph: its fake tensors are of one mode.
-    traced: dict[Any, GraphModule] = {}
+    plain = PlainGraphs()
     found = [node for op in _PLAIN for node in graph.find_nodes(op="call_function", target=op)]
     for node in found:
         assert not node.kwargs, "quantize and dequantize nodes are made with positional arguments"
-        key = node.target, *map(_kind, node.args)
-        if key not in traced:
-            traced[key] = _trace(node)
-        replace_by(node, traced[key].graph, [a for a in node.args if isinstance(a, Node)])
+        key = node.target, *(None if isinstance(a, Node) else a for a in node.args)
+        tensors = [a for a in node.args if isinstance(a, Node)]
+        replace_by(node, plain.of(_plain_call(node), key, tensors), tensors)
     return len(found)
 
 
-def _trace(node: Node) -> GraphModule:
-    """The plain graph of one call, of the tensors among its arguments."""
+def _plain_call(node: Node) -> Callable[..., Any]:
+    """The plain form of one call, of the tensors among its arguments."""
     plain = _PLAIN[node.target]
 
     def call(*values: torch.Tensor) -> Any:
         given = iter(values)
         return plain(*(next(given) if isinstance(a, Node) else a for a in node.args))
 
-    values = [a.meta["val"] for a in node.args if isinstance(a, Node)]
-    mode = detect_fake_mode(values)
-    assert mode is not None, "a graph that is compiled holds fake tensors"
-    with mode:  # what the plain form creates must be fake too
-        return fwd_only(call, values)
+    return call
 
 
 def replace_by(node: Node, plain: Graph, tensors: Sequence[Node]) -> None:

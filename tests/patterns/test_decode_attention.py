@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quark_inductor.patterns import late_decomposition
 from quark_inductor.testing import rewrite
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -52,6 +53,25 @@ def test_one_token(dtype: torch.dtype, masked: str, heads: int, kv_heads: int) -
     assert done.output.dtype == dtype
     expected = in_float64(q, k, v.to(dtype), mask)
     assert (done.output.double() - expected).abs().max() <= TOLERANCE[dtype] * v.abs().max()
+
+
+def test_what_is_alike_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of a model; another scale, or more keys, are another graph."""
+    traced, fwd_only = [], late_decomposition.fwd_only
+    monkeypatch.setattr(late_decomposition, "fwd_only", lambda *args: (traced.append(args), fwd_only(*args))[1])
+    q, k, more = randn(1, 2, 1, 32), randn(1, 2, 9, 32), randn(1, 2, 11, 32)
+
+    def layers(q: Tensor, k: Tensor, more: Tensor) -> tuple[Tensor, ...]:
+        of_one_scale = (F.scaled_dot_product_attention(q, keys, keys) for keys in (k, k + 1, more))
+        return (*of_one_scale, F.scaled_dot_product_attention(q, k, k, scale=3.0))
+
+    done = rewrite(layers, q, k, more)
+    assert rewritten(done) == 4
+    assert len(traced) == 3
+    expected = [in_float64(q, keys, keys, None) for keys in (k, k + 1, more)]
+    expected.append(in_float64(q * 3.0 * 32**0.5, k, k, None))
+    for output, right in zip(done.output, expected, strict=True):
+        assert (output.double() - right).abs().max() <= TOLERANCE[torch.float32] * (right.abs().max() + 1)
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:

@@ -1,4 +1,4 @@
-"""Any packed weight by more than one token with AMX: the kernels of ``bf16.py``, and INT8's, multiplying by ``amx.h``."""
+"""Any packed weight by more than one token with AMX: the kernels of ``bf16.py``, and INT8's, with ``amx.h``."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -680,14 +680,10 @@ inline void gemm(
           const float* of_rows = OF_COLUMNS ? x_scales + b * r : ones;
           float* to = out + first * ld + v * 16;
 #if defined(QUARK_AMX)
+          shapes.set(count > amx::ROWS, r, 16);
           with_rows<0, (MOST > amx::ROWS)>(count > amx::ROWS, [&](auto pair) {
-            constexpr bool PAIR = pair;
-            const amx::Weight weight{pairs, 64, 1024, GROUPS * 1024};
-            shapes.set(PAIR, r, 16);
-            if constexpr (SCALED)
-              amx::multiply_add_scaled<PAIR, GROUPS, amx::Bf16>(
-                  rows, r, weight, stop - b, w_scales, of_rows, o.x_factor, to, ld, next);
-            else amx::multiply_add<PAIR, GROUPS, amx::Bf16>(rows, r, weight, stop - b, to, ld, next);
+            amx::multiply_bf16<pair, GROUPS, SCALED>(
+                rows, r, {pairs, 64, 1024, GROUPS * 1024}, stop - b, w_scales, of_rows, o.x_factor, to, ld, next);
           });
 #else
           with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto mr) {

@@ -17,7 +17,7 @@ using namespace panels;
 
 constexpr int64_t PANEL_CHANNELS = 64;
 #if defined(QUARK_AMX)
-constexpr int64_t CHUNK_K = 512;          // columns decoded at a time, at most: 64 KB for 64 channels, of L2
+constexpr int64_t CHUNK_K = 1024;         // columns decoded at a time, at most: 128 KB for 64 channels, of L2
 constexpr int FEW = 1, MOST_ROWS = amx::MOST_ROWS;
 constexpr bool TILED = true;
 #else
@@ -651,7 +651,7 @@ inline void gemm(
   constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups>, SCALED = OF_GROUPS || OF_COLUMNS;
   constexpr int64_t TILE = TILE_BYTES<Weight, Scales>;
 #if defined(QUARK_AMX)
-  const int64_t chunk = (count > amx::ROWS ? CHUNK_K : CHUNK_K / 2) / TILE_K;
+  const int64_t chunk = (count > amx::ROWS ? CHUNK_K : CHUNK_K / 4) / TILE_K;
   amx::Shapes shapes;
   const int64_t wide = std::min<int64_t>(GROUPS, count > amx::ROWS ? 2 : 4), steps = GROUPS / wide;
 #else

@@ -64,6 +64,7 @@ inline void store(void* p, int64_t stride) {
 }
 template <int TILE>
 inline void clear() { asm volatile("tilezero %%tmm%c0" ::"i"(TILE)); }
+
 struct Bf16 {
   template <int SUM, int ROWS, int WEIGHT>
   static void dot() {
@@ -78,7 +79,7 @@ struct Int8 {
   }
 };
 
-// Where tiles of the weight are, in bytes from each other: rows of a tile, tiles of the next 16 channels, of the next step.
+// Where tiles of the weight are: bytes from a row of a tile to the next, to the next 16 channels, to the next step.
 struct Weight {
   const void* at;
   int64_t row, group, step;
@@ -139,8 +140,8 @@ __attribute__((noinline)) void multiply_integers(
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t group, int64_t row) { store<i>(at(group, row), ld * 4); });
 }
 
-// out += the products, of bfloat16; SCALED: times w_scales, [16] a group, x_scales [r] and x_factor. The tiles start from
-// 0: sums of a whole K would gather rounding errors.
+// out += the products, of bfloat16; SCALED: times w_scales, [16] a group, x_scales [r] and x_factor. The tiles start
+// from 0: sums of a whole K would gather rounding errors.
 template <bool PAIR, int GROUPS, bool SCALED>
 __attribute__((noinline)) void multiply_bf16(
     const void* rows, int64_t r, Weight weight, int64_t steps, const float* w_scales, const float* x_scales,

@@ -143,7 +143,7 @@ struct OfColumns {
   int64_t columns;
 };
 
-// Rows in one tile if they are few; else in tiles of 3 to 6.
+// Rows in one tile if they are few; else in tiles of 3 to 6, or of 16 to 32 with AMX if they are that many.
 inline RowTiles tiles_of(int64_t count) { return RowTiles(count, count <= FEW ? FEW : MOST_ROWS); }
 
 inline constexpr int64_t scales_offset(int64_t count, int64_t k) { return count * blocks_of(k) * TILE_K * 2; }

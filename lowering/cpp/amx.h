@@ -64,6 +64,7 @@ inline void store(void* p, int64_t stride) {
 }
 template <int TILE>
 inline void clear() { asm volatile("tilezero %%tmm%c0" ::"i"(TILE)); }
+
 struct Bf16 {
   template <int SUM, int ROWS, int WEIGHT>
   static void dot() {
@@ -78,7 +79,7 @@ struct Int8 {
   }
 };
 
-// Where tiles of the weight are, in bytes from each other: rows of a tile, tiles of the next 16 channels, of the next step.
+// Where tiles of the weight are: bytes from a row of a tile to the next, to the next 16 channels, to the next step.
 struct Weight {
   const void* at;
   int64_t row, group, step;
@@ -129,32 +130,35 @@ __attribute__((always_inline)) inline void multiply(
   }
 }
 
-// `out`, floats or integers, += the products.
-template <bool PAIR, int GROUPS, typename Of>
-__attribute__((noinline)) void multiply_add(
+// out += the products, of integers.
+template <bool PAIR, int GROUPS>
+__attribute__((noinline)) void multiply_integers(
     const void* rows, int64_t r, Weight weight, int64_t steps, float* out, int64_t ld, panels::Prefetch& next) {
   auto at = [=](int64_t group, int64_t row) { return out + row * ld + group * 16; };
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t group, int64_t row) { load<i>(at(group, row), ld * 4); });
-  multiply<PAIR, GROUPS, Of>(rows, r, weight, steps, next);
+  multiply<PAIR, GROUPS, Int8>(rows, r, weight, steps, next);
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t group, int64_t row) { store<i>(at(group, row), ld * 4); });
 }
 
-// out += the products times w_scales, [16] a group, x_scales [r] and x_factor.
-template <bool PAIR, int GROUPS, typename Of>
-__attribute__((noinline)) void multiply_add_scaled(
+// out += the products, of bfloat16; SCALED: times w_scales, [16] a group, x_scales [r] and x_factor. The tiles start
+// from 0: sums of a whole K would gather rounding errors.
+template <bool PAIR, int GROUPS, bool SCALED>
+__attribute__((noinline)) void multiply_bf16(
     const void* rows, int64_t r, Weight weight, int64_t steps, const float* w_scales, const float* x_scales,
     float x_factor, float* out, int64_t ld, panels::Prefetch& next) {
   alignas(64) float sums[4][ROWS][16];
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t, int64_t) { clear<i>(); });
-  multiply<PAIR, GROUPS, Of>(rows, r, weight, steps, next);
+  multiply<PAIR, GROUPS, Bf16>(rows, r, weight, steps, next);
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t, int64_t) { store<i>(sums[i], 64); });
   each_sum<PAIR, GROUPS>(r, [&](auto i, int64_t group, int64_t row) {
-    const __m512 of_channels = _mm512_loadu_ps(w_scales + group * 16);
+    const __m512 of_channels = SCALED ? _mm512_loadu_ps(w_scales + group * 16) : _mm512_setzero_ps();
     const int64_t count = !PAIR ? r : row ? r / 2 : (r + 1) / 2;
     for (int64_t m = 0; m < count; m++) {
       float* to = out + (row + m) * ld + group * 16;
-      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums[i][m]), of_channels);
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(scaled, _mm512_set1_ps(x_scales[row + m] * x_factor), _mm512_loadu_ps(to)));
+      const __m512 sum = _mm512_load_ps(sums[i][m]), before = _mm512_loadu_ps(to);
+      const __m512 of_row = SCALED ? _mm512_set1_ps(x_scales[row + m] * x_factor) : _mm512_setzero_ps();
+      _mm512_storeu_ps(
+          to, SCALED ? _mm512_fmadd_ps(_mm512_mul_ps(sum, of_channels), of_row, before) : _mm512_add_ps(sum, before));
     }
   });
 }

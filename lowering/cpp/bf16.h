@@ -18,7 +18,7 @@ using namespace panels;
 
 constexpr int64_t PANEL_CHANNELS = 64;
 #if defined(QUARK_AMX)
-constexpr int64_t CHUNK_K = 512;          // columns decoded at a time, at most: 64 KB for 64 channels, of L2
+constexpr int64_t CHUNK_K = 1024;         // columns decoded at a time, at most: 128 KB for 64 channels, of L2
 constexpr int FEW = 1, MOST_ROWS = amx::MOST_ROWS;
 constexpr bool TILED = true;
 #else
@@ -161,7 +161,7 @@ struct OfColumns {
   int64_t columns;
 };
 
-// Rows in one tile if they are few; else in tiles of 3 to 6.
+// Rows in one tile if they are few; else in tiles of 3 to 6, or of 16 to 32 with AMX if they are that many.
 inline RowTiles tiles_of(int64_t count) { return RowTiles(count, count <= FEW ? FEW : MOST_ROWS); }
 
 inline constexpr int64_t scales_offset(int64_t count, int64_t k) { return count * blocks_of(k) * TILE_K * 2; }
@@ -697,7 +697,7 @@ inline void gemm(
   constexpr bool OF_GROUPS = std::is_same_v<Scales, OfGroups> && !ROUNDED<Weight>, SCALED = OF_GROUPS || OF_COLUMNS;
   constexpr int64_t TILE = TILE_BYTES<Weight, Scales>;
 #if defined(QUARK_AMX)
-  const int64_t chunk = (count > amx::ROWS ? CHUNK_K : CHUNK_K / 2) / TILE_K;
+  const int64_t chunk = (count > amx::ROWS ? CHUNK_K : CHUNK_K / 4) / TILE_K;
   amx::Shapes shapes;
   const int64_t wide = std::min<int64_t>(GROUPS, count > amx::ROWS ? 2 : 4), steps = GROUPS / wide;
 #else
@@ -726,14 +726,10 @@ inline void gemm(
           const float* of_rows = OF_COLUMNS ? x_scales + b * r : ones;
           float* to = out + first * ld + v * 16;
 #if defined(QUARK_AMX)
+          shapes.set(count > amx::ROWS, r, 16);
           with_rows<0, (MOST > amx::ROWS)>(count > amx::ROWS, [&](auto pair) {
-            constexpr bool PAIR = pair;
-            const amx::Weight weight{pairs, 64, 1024, GROUPS * 1024};
-            shapes.set(PAIR, r, 16);
-            if constexpr (SCALED)
-              amx::multiply_add_scaled<PAIR, GROUPS, amx::Bf16>(
-                  rows, r, weight, stop - b, w_scales, of_rows, o.factor, to, ld, next);
-            else amx::multiply_add<PAIR, GROUPS, amx::Bf16>(rows, r, weight, stop - b, to, ld, next);
+            amx::multiply_bf16<pair, GROUPS, SCALED>(
+                rows, r, {pairs, 64, 1024, GROUPS * 1024}, stop - b, w_scales, of_rows, o.factor, to, ld, next);
           });
 #else
           with_rows<3, std::min(MOST, MOST_ROWS)>(r, [&](auto mr) {

@@ -239,10 +239,10 @@ inline void gemm(
       for (int64_t t = 0; t < l.tiles.tiles; t++) {
         const int64_t first = l.tiles.first(t), r = l.tiles.size(t);
         const int8_t* a = codes_at(rows) + first * l.row_bytes + s * r * TILE_K;
-        const amx::Weight weight{w + v * 512, TILE, 512, 64};
+        shapes.set(count > amx::ROWS, r, steps);
         with_rows<0, (MOST > amx::ROWS)>(count > amx::ROWS, [&](auto pair) {
-          shapes.set(pair, r, steps);
-          amx::multiply_add<pair, GROUPS, amx::Int8>(a, r, weight, 8, out + first * ld + v * 16, ld, next);
+          amx::multiply_integers<pair, GROUPS>(
+              a, r, {w + v * 512, TILE, 512, 64}, 8, out + first * ld + v * 16, ld, next);
         });
       }
 #else

@@ -52,6 +52,7 @@ def assert_near(layer: Any, x: Tensor, got: Tensor) -> None:
     assert ((got.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.slow
 def test_any_number_of_tokens(specs: Any) -> None:
     model = Linears(specs, SCHEMES)
     x = torch.randn(70, specs.K) * torch.logspace(-2, 2, 70)[:, None]
@@ -60,7 +61,7 @@ def test_any_number_of_tokens(specs: Any) -> None:
     with torch.inference_mode():
         results, (code,) = run_and_get_code(compiled, x)
         assert code.count(_PERMIT) == len(SCHEMES)
-        for count in (70, 2, 3, 16, 17, 33):
+        for count in (2, 5, 16, 17, 33):
             results = compiled(x[:count])
             for layer, dtype, got in zip(model.layers, model.dtypes, results, strict=True):
                 assert_near(layer, x[:count].to(dtype), got)

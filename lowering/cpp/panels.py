@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.cpp import bf16, portable, vnni
+from quark_inductor.lowering.cpp import avx2, bf16, portable, vnni
 from quark_inductor.lowering.cpp.kernel import Kernel
 from quark_inductor.lowering.cpp.panel64 import ROWS
 from quark_inductor.lowering.target import Target
@@ -18,11 +18,13 @@ def kernel_of_panels(
 ) -> Kernel:
     """See :func:`quark_inductor.lowering.cpp.kernels.kernel_for`."""
     channels = _channels(problem, threads)
-    # Only the portable kernel rounds operands to the model's dtype.
+    # Only kernels in float32 round operands to the model's dtype.
     if rounds_to is None or {problem.x_format, problem.weight_format} <= _EXACT:
-        for isa, family in (("avx512_vnni", vnni), ("avx512_bf16", bf16)):
-            if target.has(isa) and (kernel := family.kernel(problem, inputs, channels)) is not None:
+        for isa, of in (("avx512_vnni", vnni.kernel), ("avx512_bf16", bf16.kernel), ("avx2", avx2.integers)):
+            if target.has(isa) and (kernel := of(problem, inputs, channels)) is not None:
                 return kernel
+    if target.has("avx2"):
+        return avx2.floats(problem, inputs, channels, rounds_to)
     return portable.kernel(problem, inputs, channels)
 
 

@@ -16,6 +16,7 @@ ISA_LEVELS: Mapping[str, tuple[str, ...]] = {
     "amx": ("amx_tile", "amx_bf16", "amx_int8"),
     "avx512_bf16": ("avx512_bf16", "avx512_vbmi"),
     "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
+    "avx2": ("avx2", "fma3", "f16c"),
     "portable": (),
 }
 

@@ -12,6 +12,7 @@ from quark_inductor.testing import rewrite
 # Column title, target, and whether the tests run there.
 TARGETS: tuple[tuple[str, Target, bool], ...] = (
     ("CPU, AVX512-VNNI", Target(device_type="cpu", arch="x86_64", isa="avx512_bf16"), True),
+    ("CPU, AVX2", Target(device_type="cpu", arch="x86_64", isa="avx2"), True),
     ("CPU, other x86-64", Target(device_type="cpu", arch="x86_64", isa="portable"), True),
     ("CPU, aarch64", Target(device_type="cpu", arch="aarch64", isa="portable"), False),
     ("AMD gfx942", Target(device_type="cuda", arch="gfx942"), False),

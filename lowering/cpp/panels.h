@@ -1,9 +1,8 @@
 // Needs common.h and generic.h before it.
-// What AVX-512 kernels of packed weights have in common, whatever they compute with: tiles of activation rows, prefetching
-// of panels, small pieces. The layout of a panel is described in panel64.py.
+// What kernels of packed weights have in common, whatever they compute with: tiles of activation rows, prefetching of
+// panels, small pieces. The layout of a panel is described in panel64.py.
 #ifndef QUARK_PANELS_H
 #define QUARK_PANELS_H
-#if defined(QUARK_AVX512)
 
 namespace quark::panels {
 
@@ -42,7 +41,7 @@ struct Prefetch {
       : at(begin), end(begin + bytes), lines((bytes / 64 + steps - 1) / steps) {}
 
   __attribute__((always_inline)) void step() {
-    for (int64_t i = 0; i < lines; i++) _mm_prefetch(reinterpret_cast<const char*>(at + i * 64), _MM_HINT_T1);
+    for (int64_t i = 0; i < lines; i++) __builtin_prefetch(at + i * 64, 0, 2);
     at += lines * 64;
     if (at >= end) lines = 0;
   }
@@ -52,9 +51,10 @@ struct Prefetch {
 template <int LINES>
 __attribute__((always_inline)) inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 32
-  for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(p + i * 64), _MM_HINT_T0);
+  for (int i = 0; i < LINES; i++) __builtin_prefetch(p + i * 64, 0, 3);
 }
 
+#if defined(QUARK_AVX512)
 inline __m512i bytes16(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -82,8 +82,8 @@ inline generic::Grid integer_grid(const T* x, int64_t k) {
   const T ends[2] = {T(nan ? quiet : _mm512_reduce_min_ps(smallest)), T(nan ? quiet : _mm512_reduce_max_ps(largest))};
   return generic::integer_grid<LOW, HIGH, SYMMETRIC>(ends, 2);
 }
+#endif  // QUARK_AVX512
 
 }  // namespace quark::panels
 
-#endif  // QUARK_AVX512
 #endif  // QUARK_PANELS_H

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.cpp import amx, bf16, portable, vnni
+from quark_inductor.lowering.cpp import amx, avx2, bf16, portable, vnni
 from quark_inductor.lowering.cpp.bf16 import EXACT
 from quark_inductor.lowering.cpp.kernel import Kernel
 from quark_inductor.lowering.cpp.panel64 import ROWS
@@ -19,8 +19,15 @@ def kernel_of_panels(
     # What float32 rounds is less than what the order of a sum does.
     if rounds_to == "float" or {problem.x_format, problem.weight_format} <= EXACT:
         rounds_to = None
-    for isa, family in (("amx", amx), ("avx512_vnni", vnni), ("avx512_bf16", bf16)):
-        if target.has(isa) and (kernel := family.kernel(problem, inputs, rounds_to, channels)) is not None:
+    families = (
+        ("amx", amx.kernel),
+        ("avx512_vnni", vnni.kernel),
+        ("avx512_bf16", bf16.kernel),
+        ("avx2", avx2.integers),
+        ("avx2", avx2.floats),
+    )
+    for isa, kernel_of in families:
+        if target.has(isa) and (kernel := kernel_of(problem, inputs, rounds_to, channels)) is not None:
             return kernel
     return portable.kernel(problem, inputs, channels)
 

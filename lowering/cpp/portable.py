@@ -12,15 +12,23 @@ from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 from quark_inductor.schemes.operands import fp8_weight
 
 
-def kernel(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Kernel:
-    """The kernel for units of so many channels."""
+def kernel(
+    problem: GemmProblem,
+    inputs: Mapping[str, Any],
+    channels: int,
+    namespace: str = "portable",
+    sizes: str = "NT / 16",
+    rounds_to: str = "T",
+) -> Kernel:
+    """The kernel for units of so many channels: tile<sizes, code, rounds_to> of a namespace."""
     format = problem.weight_format
     panel = -(-problem.k // COLUMNS) * tile_bytes(format)
     step, second, scales = _scales(problem, inputs)
     tile = (
-        f"auto scales = {scales}; {PREPARED}; quark::portable::tile<NT / 16, quark::portable::{code_type(problem)}, T>("
-        f"prepared, m_end - m_start, K, weight + n_start / 64 * {panel}, n_start % 64 / 16, {step}, {second}, scales, "
-        "scratch, tile, NT)"
+        f"auto scales = {scales}; {PREPARED}; "
+        f"quark::{namespace}::tile<{sizes}, quark::portable::{code_type(problem)}, {rounds_to}>(prepared, "
+        f"m_end - m_start, K, weight + n_start / 64 * {panel}, n_start % 64 / 16, {step}, {second}, scales, scratch, "
+        "tile, NT)"
     )
     return Kernel(
         namespace="generic",
@@ -31,7 +39,7 @@ def kernel(problem: GemmProblem, inputs: Mapping[str, Any], channels: int) -> Ke
         rows=384,
         rows_at_a_time=384,
         channels=channels,
-        scratch="quark::portable::scratch_bytes()",
+        scratch=f"quark::{namespace}::scratch_bytes()",
     )
 
 

@@ -38,6 +38,7 @@ from quark_inductor.schemes.ops import dtype_of
 _SOURCE = r"""
 {{template.header().getvalue()}}
 {{"#define QUARK_AVX512" if avx512 else ""}}
+{{"#define QUARK_AVX2" if avx2 else ""}}
 {{headers}}
 extern "C" {{export}}
 {{kernel.def_kernel(inputs=inputs, outputs={"y": Y}, aliases=aliases)}}
@@ -187,6 +188,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "template": self,
             "torch": torch,
             "avx512": self.target.has("avx512_vnni"),
+            "avx2": self.target.has("avx2"),
             "T": dtype,
             "chosen": chosen,
             "headers": _headers(chosen.headers),

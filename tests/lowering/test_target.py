@@ -13,7 +13,9 @@ import torch
 from quark_inductor.lowering import target
 from quark_inductor.lowering.target import Target, current
 
+AVX2 = {name: True for name in ("avx2", "fma3", "f16c")}
 AVX512 = {f"avx512_{name}": True for name in ("f", "bw", "vl", "dq", "vnni")}
+EVERYTHING = {**AVX2, **AVX512}
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +36,14 @@ def test_names() -> None:
         (None, None, "avx512_vnni"),
         (None, "portable", "portable"),
         (None, "", "avx512_vnni"),
-        *((name, None, "portable") for name in AVX512),
+        (None, "avx2", "avx2"),
+        *((name, None, "avx2") for name in AVX512),
+        *((name, None, "portable") for name in AVX2),
     ],
 )
 def test_cpu(monkeypatch: pytest.MonkeyPatch, lacking: str | None, variable: str | None, isa: str) -> None:
     """The fast kernels need every feature they use."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**AVX512, **({lacking: False} if lacking else {})})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**EVERYTHING, **({lacking: False} if lacking else {})})
     monkeypatch.delenv("QUARK_INDUCTOR_ISA", raising=False)
     if variable is not None:
         monkeypatch.setenv("QUARK_INDUCTOR_ISA", variable)
@@ -51,7 +55,7 @@ def test_cpu(monkeypatch: pytest.MonkeyPatch, lacking: str | None, variable: str
 )
 def test_amx(monkeypatch: pytest.MonkeyPatch, has: bool, permitted: bool, isa: str) -> None:
     """The system has to permit it."""
-    below = {**AVX512, "avx512_bf16": True, "avx512_vbmi": True, "amx_tile": True, "amx_bf16": True}
+    below = {**EVERYTHING, "avx512_bf16": True, "avx512_vbmi": True, "amx_tile": True, "amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**below, "amx_int8": has})
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: permitted)
     monkeypatch.delenv("QUARK_INDUCTOR_ISA", raising=False)

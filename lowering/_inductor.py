@@ -18,7 +18,7 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import register_lowering, view
 from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
-from torch._inductor.utils import Placeholder, parallel_num_threads
+from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "register_lowering",
     "select_choice",
     "static_size",
+    "sympy_index_symbol",
     "view",
 ]
 

@@ -199,9 +199,7 @@ CHANGES: dict[str, Change] = {
     # The template: what is stored of the tile is tripled.
     "template": (
         lambda tree: tree.replace(
-            "lowering/cpp/template.py",
-            "value = load(index)",
-            "value = ops.mul(load(index), ops.constant(3.0, torch.float))",
+            "lowering/cpp/template.py", "Vec::loadu(sums + n)", "Vec::loadu(sums + n) * Vec(3.0f)"
         ),
         FUSED,
         3.0,

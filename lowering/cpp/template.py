@@ -6,6 +6,7 @@ whatever Inductor fuses after the GEMM run on the float32 tile while it is in ca
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from quark_inductor.lowering._inductor import (
     parallel_num_threads,
     realized_inputs,
     select_choice,
+    sympy_index_symbol,
     view,
 )
 from quark_inductor.lowering.base import GemmProblem
@@ -59,7 +61,6 @@ extern "C" {{export}}
 {%- endfor %}
   #pragma omp parallel num_threads({{num_threads}})
   {
-{%- set _ = kernel.define_stack_allocated_buffer("tile", ["MT", "NT"], torch.float) %}
   float* const tile = reinterpret_cast<float*>(quark::kept_memory<1>(MT * NT * 4));
 {%- if chosen.scratch %}
   uint8_t* const scratch = quark::kept_memory<2>({{chosen.scratch}});
@@ -87,11 +88,23 @@ extern "C" {{export}}
         const int64_t m_start = m_begin + m_tile * MT, m_end = std::min<int64_t>(m_stop, m_start + MT);
         const int64_t n_start = n_tile * NT, n_end = std::min<int64_t>(N, n_start + NT);
         {{chosen.tile}};
-        {%- set tile_y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", "n_end")]) %}
-        {%- set tile_sum = kernel.slice_nd(
-              kernel.local_buffers["tile"], [("0", "m_end - m_start"), ("0", "n_end - n_start")]) %}
-        {{kernel.store_output(tile_y, tile_sum, GemmOut, epilogue_nodes, offsets=("m_start", "n_start"),
+        {%- if plain %}
+        using Vec = at::vec::Vectorized<float>;
+        for (int64_t m = m_start; m < m_end; m++) {
+          const float* const sums = tile + (m - m_start) * NT;
+          T* const out = y + m * N + n_start;
+          int64_t n = 0;
+          for (; n + Vec::size() <= n_end - n_start; n += Vec::size())
+            at::vec::convert<T>(Vec::loadu(sums + n)).store(out + n, int(Vec::size()));
+          for (; n < n_end - n_start; n++) out[n] = T(sums[n]);
+        }
+        {%- else %}
+        {%- set _ = kernel.define_stack_allocated_buffer("tile", index.tile_sizes, torch.float) %}
+        {%- set tile_y = kernel.slice_nd(Y_2d, index.ranges_of_y) %}
+        {%- set tile_sum = kernel.slice_nd(kernel.local_buffers["tile"], index.ranges_of_tile) %}
+        {{kernel.store_output(tile_y, tile_sum, GemmOut, epilogue_nodes, offsets=index.starts,
                               reindexers=reindexers)|indent(8, false)}}
+        {%- endif %}
       }
   }
   }
@@ -111,6 +124,29 @@ def _template(source: str) -> Any:
 @functools.cache
 def _headers(names: tuple[str, ...]) -> str:
     return "\n".join((Path(__file__).parent / f"{name}.h").read_text() for name in ("common", *names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Variables of the template as Inductor's symbols. It also takes names, and parses them again for every kernel."""
+
+    tile_sizes: tuple[Any, Any]
+    starts: tuple[Any, Any]
+    ranges_of_y: tuple[tuple[Any, Any], ...]
+    ranges_of_tile: tuple[tuple[Any, Any], ...]
+
+
+@functools.cache
+def _index() -> _Index:
+    names = ("MT", "NT", "m_start", "n_start", "m_end", "n_end")
+    mt, nt, m_start, n_start, m_end, n_end = (sympy_index_symbol(name) for name in names)
+    zero = m_start - m_start
+    return _Index(
+        tile_sizes=(mt, nt),
+        starts=(m_start, n_start),
+        ranges_of_y=((m_start, m_end), (n_start, n_end)),
+        ranges_of_tile=((zero, m_end - m_start), (zero, n_end - n_start)),
+    )
 
 
 class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
@@ -182,6 +218,8 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         # Products of FP4 values and powers of two are exact in every dtype; those of FP8 values and scales are not, and
         # whoever asks Inductor for the rounding of eager code gets it.
         rounds_to = dtype if config.emulate_precision_casts else None
+        # Generating code for an epilogue takes Inductor longer than all else of a kernel, and most Linears have none.
+        plain = len(chain) == 1 and "bias" not in self.inputs
         chosen = kernel_for(self.target, problem, self.inputs, rounds_to, self.num_threads)
         options: dict[str, Any] = {
             "kernel": kernel,
@@ -191,6 +229,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "avx2": self.target.has("avx2"),
             "T": dtype,
             "chosen": chosen,
+            "plain": plain,
             "headers": _headers(chosen.headers),
             "export": get_export_declaration(),
             "inputs": self.inputs,
@@ -200,6 +239,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "GemmOut": gemm_out,
             "epilogue_nodes": chain,
             "reindexers": reindexers,
+            "index": _index(),
             "N": problem.n,
             "K": problem.k,
             "MT": min(problem.m or chosen.rows, chosen.rows),

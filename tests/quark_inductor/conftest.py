@@ -20,6 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import quark_inductor as qi
+from quark_inductor.schemes.base import QuarkLinear
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
@@ -67,6 +70,29 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
         return {n: t.clone() for n, t in load_file(path).items()}
 
     return load
+
+
+@pytest.fixture(scope="session")
+def adds_up_alike(reference: Callable[[str], dict[str, Tensor]]) -> bool:
+    """Whether this CPU adds up a float GEMM as the one of the fixtures did.
+
+    Every output of a Linear that amd-quark wrote down says, computed by torch from the operands that it wrote down:
+    in some shapes and dtypes CPUs differ.
+    """
+    for path in sorted(FIXTURES.glob("*/reference.safetensors")):
+        numbers, model = reference(path.parent.name), qi.load(path.parent)
+        for key, expected in numbers.items():
+            module = key.removesuffix(".output")
+            layer = model.get_submodule(module) if key.endswith(".output") else None
+            if not isinstance(layer, QuarkLinear) or layer.scheme.spec.output is not None:
+                continue
+            x = numbers.get(f"{module}.{'input' if layer.scheme.spec.input is None else 'input_qdq'}")
+            if x is None:
+                continue
+            weight = layer.scheme.dequantize_weight(layer, x.dtype)
+            if not torch.equal(torch.nn.functional.linear(x, weight, layer.bias), expected):
+                return False
+    return True
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

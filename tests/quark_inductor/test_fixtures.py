@@ -117,16 +117,6 @@ def test_every_exception_is_one() -> None:
         assert different, f"{scheme}, row {row}: {reason}"
 
 
-@pytest.fixture(scope="session")
-def adds_up_alike() -> bool:
-    """Whether this CPU rounds a float GEMM as the one of the fixtures did: an output amd-quark computed says."""
-    numbers, module = reference("mxfp4_weight_only"), "model.layers.0.mlp.down_proj"
-    layer = linear("mxfp4_weight_only", module)
-    x = numbers[f"{module}.input"]
-    weight = layer.scheme.dequantize_weight(layer, x.dtype)
-    return torch.equal(torch.nn.functional.linear(x, weight, layer.bias), numbers[f"{module}.output"])
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_of_linears(name: str, adds_up_alike: bool) -> None:
     """Bit by bit where this CPU adds up as the one of the fixtures, else within the error of a sum of K products."""

@@ -115,7 +115,7 @@ def test_every_linear_is_fused(name: str, scheme: str, dtype: torch.dtype) -> No
     # eager code does, which hides that but for a number halfway between two: one step of the largest logit.
     atol = 1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps * expected.abs().max().item()
     if scheme == "ptpc_int8" and MODELS[name][0].get("num_local_experts"):
-        # Its scale, amax / 127.5, puts a row's negative maximum on a tie: the last bit of the row before decides whether
+        # Its scale, amax / 127.5, puts a row's negative maximum on a tie: the last bit of the row before decides if
         # its code is -128 or -127, a 128th of what it stands for.
         atol = expected.abs().max().item() / 128
     torch.testing.assert_close(done.output, expected, rtol=0, atol=atol)

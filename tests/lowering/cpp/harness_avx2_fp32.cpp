@@ -7,11 +7,11 @@
 #include "avx2.h"
 #include "portable.h"
 #include "avx2_fp32.h"
+#include "harness_random.h"
 
 #include <sys/mman.h>
 #include <time.h>
 #include <cstdio>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -20,11 +20,6 @@ namespace {
 namespace fp32 = quark::avx2::fp32;
 namespace portable = quark::portable;
 namespace generic = quark::generic;
-
-std::mt19937 engine(1);
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-float normal() { return std::normal_distribution<float>()(engine); }
-bool chance(double p) { return std::uniform_real_distribution<double>()(engine) < p; }
 
 // Aligned; the end is that of what was asked for.
 struct Bytes {

@@ -10,13 +10,13 @@
 #include "amx.h"
 #endif
 #include "bf16.h"
+#include "harness_random.h"
 
 #include <sys/mman.h>
 #include <time.h>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -26,11 +26,6 @@ namespace bf16 = quark::bf16;
 namespace generic = quark::generic;
 constexpr int64_t BLOCK_ROWS = 384;
 constexpr float NaN = std::numeric_limits<float>::quiet_NaN(), INF = std::numeric_limits<float>::infinity();
-
-std::mt19937 engine(1);
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-float normal() { return std::normal_distribution<float>()(engine); }
-bool chance(double p) { return std::uniform_real_distribution<double>()(engine) < p; }
 
 // Of no byte more than is asked for.
 struct Bytes {

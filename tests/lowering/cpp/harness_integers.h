@@ -1,11 +1,12 @@
 // What harness_vnni.cpp and harness_avx2.cpp have in common: the kernels of `namespace kernels` against float64, and
 // (argument "bench") their speed. Before it: that namespace, and what depends on the vector extension.
+#include "harness_random.h"
+
 #include <sys/mman.h>
 #include <time.h>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -14,11 +15,6 @@ namespace {
 namespace generic = quark::generic;
 constexpr int64_t BLOCK_ROWS = 384;
 constexpr double INF = std::numeric_limits<double>::infinity();
-
-std::mt19937 engine(1);
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-float normal() { return std::normal_distribution<float>()(engine); }
-bool chance(double p) { return std::uniform_real_distribution<double>()(engine) < p; }
 
 // Aligned, of no byte more than is asked for.
 struct Bytes {

@@ -101,7 +101,8 @@ class Row:
         name: ``"quark"``, ``"raw-read"`` or a peer's name.
         scheme: the scheme; ``""``: the candidate has none.
         provider: who computes; ``"emulation"``: no kernel takes this problem, or none was allowed.
-        linears: in a call, each with a weight of its own.
+        linears: products in a call.
+        weights: of how many weights they are.
         weight_bytes: of one weight, scales included.
         huge_pages: how much of the memory around them is in huge pages, from 0 to 1, where that was asked.
         from_memory: whether those of a call are more than caches hold.
@@ -123,6 +124,7 @@ class Row:
     scheme: str
     provider: str
     linears: int
+    weights: int
     weight_bytes: int
     huge_pages: float | None
     from_memory: bool
@@ -198,7 +200,7 @@ class _Candidate:
         """Make the call for ``m`` tokens."""
         self.m = m
         answer = self.host.ask("prepare", self.scheme, m)
-        self.linears, self.weight_bytes, self.provider, self.huge_pages, reads = answer
+        self.linears, self.weights, self.weight_bytes, self.provider, self.huge_pages, reads = answer
         self.times = {"read": [], "turn": []} if reads else {"turn": []}
 
     def turn(self) -> None:
@@ -228,9 +230,10 @@ class _Candidate:
                 scheme=self.scheme,
                 provider="" if reading else self.provider,
                 linears=self.linears,
+                weights=self.weights,
                 weight_bytes=self.weight_bytes,
                 huge_pages=self.huge_pages,
-                from_memory=self.linears * self.weight_bytes >= cold_bytes(),
+                from_memory=self.weights * self.weight_bytes >= cold_bytes(),
                 samples=len(times),
                 median_ms=median,
                 q1_ms=q1,

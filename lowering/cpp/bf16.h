@@ -31,11 +31,6 @@ constexpr int64_t AHEAD = 8192;           // bytes a GEMV prefetches ahead
 
 inline constexpr int64_t blocks_of(int64_t k) { return (k + TILE_K - 1) / TILE_K; }
 
-// Between two uses of a register: gcc moves other prefetches together, more than there are buffers for.
-inline void prefetch_between(const uint8_t* p, __m512& used) {
-  asm volatile("prefetcht0 %1" : "+v"(used) : "m"(*p));
-}
-
 // --- scales of weights
 
 // The values of 16 scale bytes. E8M0: up to 2^127, and 2^-127 is 0.

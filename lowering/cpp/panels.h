@@ -59,7 +59,14 @@ inline __m512i bytes16(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-// V: __m512 or __m512i.
+// V here: __m512 or __m512i.
+
+// Between two uses of a register: gcc moves other prefetches together, more than there are buffers for.
+template <typename V>
+__attribute__((always_inline)) inline void prefetch_between(const uint8_t* p, V& used) {
+  asm volatile("prefetcht0 %1" : "+v"(used) : "m"(*p));
+}
+
 template <typename V>
 inline V zero_register() {
   V zero = {};

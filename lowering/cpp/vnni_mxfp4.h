@@ -294,7 +294,7 @@ __attribute__((noinline)) Range range_of(Weight w, int64_t blocks) {
 // Whole K of a panel for MR rows of which the deepest is `depth` deep. Returns whether float32 surely held it all.
 template <int MR, int GROUPS>
 __attribute__((noinline)) bool gemv(RowTile a, Weight w, int64_t blocks, int depth, float* out, int64_t ld) {
-  constexpr int64_t AHEAD = MR == 1 ? 6144 : 12288;
+  constexpr int64_t AHEAD = MR == 1 ? 5120 : 12288;
   constexpr __mmask64 ALL = ~__mmask64(0) >> (64 - 16 * GROUPS);
   const __m512i table = weight_table();
   // Bytes least .. LARGEST become the smallest as unsigned ones.
@@ -312,12 +312,12 @@ __attribute__((noinline)) bool gemv(RowTile a, Weight w, int64_t blocks, int dep
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* chunks = w.codes + g * 256;
-      prefetch<4>(chunks + AHEAD);
       const __m512i exponent = _mm512_slli_epi32(bytes16(w.scales + g * 16), 23);
       if constexpr (MR == 1) {
         __m512i total = _mm512_set1_epi32(a.corrections[b]);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
+          prefetch_between(chunks + AHEAD + j * 64, total);
           const Eight eight(table, chunks + j * 64);
           total = _mm512_dpbusd_epi32(total, eight.low, quad(a.codes + j * 8));
           total = _mm512_dpbusd_epi32(total, eight.high, quad(a.codes + j * 8 + 4));
@@ -331,6 +331,7 @@ __attribute__((noinline)) bool gemv(RowTile a, Weight w, int64_t blocks, int dep
           const Eight eight(table, chunks + j * 64);
           quads[2 * j] = eight.low;
           quads[2 * j + 1] = eight.high;
+          prefetch_between(chunks + AHEAD + j * 64, quads[2 * j]);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < MR; m++) {

@@ -281,7 +281,7 @@ inline __m512 scale16(const uint8_t* bytes) {
 template <int MR, int GROUPS>
 __attribute__((noinline)) int gemv(
     const RowTile& rows, Weight w, int64_t steps, const float* globals, float weight_global, float* out, int64_t ld) {
-  constexpr int64_t AHEAD = MR == 1 ? 6144 : 12288;
+  constexpr int64_t AHEAD = MR == 1 ? 5120 : 12288;
   constexpr __mmask64 ALL = ~__mmask64(0) >> (64 - 16 * GROUPS);
   const __m512i table = weight_table();
   RowTile a = rows;
@@ -298,7 +298,6 @@ __attribute__((noinline)) int gemv(
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
       const uint8_t* chunks = w.codes + g * 256;
-      prefetch<4>(chunks + AHEAD);
       const __m512 low = scale16(w.scales + g * 16), high = scale16(w.scales + 64 + g * 16);
       __m512i quads[8];
 #pragma GCC unroll 4
@@ -306,6 +305,7 @@ __attribute__((noinline)) int gemv(
         const Eight eight(table, chunks + j * 64);
         quads[2 * j] = eight.low;
         quads[2 * j + 1] = eight.high;
+        prefetch_between(chunks + AHEAD + j * 64, quads[2 * j]);
       }
 #pragma GCC unroll 4
       for (int m = 0; m < MR; m++) {

@@ -16,6 +16,9 @@ from quark_inductor.schemes.errors import QuarkInductorError
 
 # From here on weights are read for many rows at once, and do not have to come from memory each time.
 FEW_TOKENS = 16
+# What a call of a module costs besides, 0.3 ms of code that no cache holds after so many weights, is shared by many
+# products, as in a model (Llama 8B has 224).
+_LEAST_PRODUCTS = 64
 # Of a product of random numbers; 4 bits on both sides cost 0.16.
 _TOLERANCE = 0.3
 _MOST_COPIES = 64
@@ -42,14 +45,19 @@ class Place:
         wanted = math.ceil(self.cold_bytes / weight_bytes) if m <= FEW_TOKENS else 2
         return min(max(wanted, 2), _MOST_COPIES)
 
+    def rounds(self, copies: int, m: int) -> int:
+        """How often a call of a module goes through its ``copies`` weights, each time with another activation."""
+        return math.ceil(_LEAST_PRODUCTS / copies) if m <= FEW_TOKENS and self.cold_bytes else 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """A call that can be timed.
 
     Attributes:
-        call: computes ``linears`` products, each of a weight and an activation of its own.
+        call: computes ``linears`` products.
         linears: how many.
+        weights: of how many weights.
         weight_bytes: what one of the weights takes, scales included.
         provider: who computes, where there is a choice.
         huge_pages: how much of the memory around the weights is in huge pages, from 0 to 1; ``None``: not asked.
@@ -58,6 +66,7 @@ class Prepared:
 
     call: Callable[[], Any]
     linears: int
+    weights: int
     weight_bytes: int
     provider: str = ""
     huge_pages: float | None = None

@@ -21,9 +21,9 @@ def linears(place: Any, copies: int) -> Any:
 
 
 def each(modules: list[Any]) -> Any:
-    """A module that gives all of ``modules`` one activation.
+    """A module that gives all of ``modules`` its first activation, then all of them the next.
 
-    A compiler may quantize it once for all of them. This package does not: each of its kernels does it anew.
+    A compiler may quantize one once for all of them. This package does not: each of its kernels does it anew.
     """
     import torch
     from torch import nn
@@ -33,25 +33,30 @@ def each(modules: list[Any]) -> Any:
             super().__init__()
             self.linears = nn.ModuleList(modules)
 
-        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [linear(x) for linear in self.linears]
+        def forward(self, *activations: torch.Tensor) -> list[torch.Tensor]:
+            return [linear(x) for x in activations for linear in self.linears]
 
     return Each().eval()
 
 
-def prepared(module: Any, place: Any, copies: int, m: int, **more: Any) -> Prepared:
-    """The call of a module made by :func:`each`, once it has given the right numbers."""
+def prepared(module: Any, place: Any, copies: int, m: int, rounds: int | None = None, **more: Any) -> Prepared:
+    """The call of a module made by :func:`each`, once it has given the right numbers.
+
+    It goes ``rounds`` times through its weights; ``None``: as often as the place says.
+    """
     import torch
 
-    numbers = activations(1, m, place.k)[0]
-    x = torch.from_numpy(numbers).bfloat16()
+    numbers = activations(rounds or place.rounds(copies, m), m, place.k)
+    inputs = list(torch.from_numpy(numbers).bfloat16())
 
     def call() -> Any:
         with torch.inference_mode():
-            return module(x)
+            return module(*inputs)
 
-    check(call()[0].float().numpy(), numbers, weight(place.n, place.k))
-    return Prepared(call=call, linears=copies, **more)
+    outputs = call()
+    for x, y in zip(numbers, outputs[::copies], strict=True):
+        check(y.float().numpy(), x, weight(place.n, place.k))
+    return Prepared(call=call, linears=len(outputs), weights=copies, **more)
 
 
 class LinearBf16(Peer):

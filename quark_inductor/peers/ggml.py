@@ -172,7 +172,7 @@ class _LlamaCpp(Peer):
         ggml.backend_tensor_get(outputs[-1], y.ctypes.data, 0, y.nbytes)
         check(y, numbers[-1], w)
         name = ggml.backend_buft_name(buffer_type).decode()
-        return Prepared(call=call, linears=copies, weight_bytes=size, provider=f"ggml {name}")
+        return Prepared(call=call, linears=copies, weights=copies, weight_bytes=size, provider=f"ggml {name}")
 
 
 class GgmlMxfp4(_LlamaCpp):

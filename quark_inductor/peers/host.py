@@ -62,7 +62,14 @@ def _serve(connection: Connection, log: str, peer_name: str, place: Place) -> No
                     peers[scheme] = {**PEERS, OURS.name: OURS}[peer_name](place, scheme)
                 calls.pop(scheme, None)
                 done = calls[scheme] = peers[scheme].prepare(argument)
-                answer = (done.linears, done.weight_bytes, done.provider, done.huge_pages, done.read is not None)
+                answer = (
+                    done.linears,
+                    done.weights,
+                    done.weight_bytes,
+                    done.provider,
+                    done.huge_pages,
+                    done.read is not None,
+                )
             elif question == "turn":
                 answer = _turn(calls[scheme].call, calls[scheme].linears)
             elif question == "read":

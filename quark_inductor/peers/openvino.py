@@ -46,7 +46,7 @@ class _OpenVino(Peer):
 
         call()
         check(request.get_output_tensor(0).data, numbers[0], w)
-        return Prepared(call=call, linears=copies, weight_bytes=size)
+        return Prepared(call=call, linears=copies, weights=copies, weight_bytes=size)
 
 
 class OpenVinoMxfp4(_OpenVino):

@@ -71,13 +71,16 @@ class _Compiled(Peer):
             options={} if packed else {"quark.provider": "emulation"},
         )
         before = kernel_counts()
-        result = prepared(module, self.place, copies, m, weight_bytes=size)
+        # Beside dequantizing a call costs nothing.
+        result = prepared(module, self.place, copies, m, rounds=None if packed else 1, weight_bytes=size)
         ran = [name for name, count in kernel_counts().items() if count > before.get(name, 0)]
         tensors = [getattr(linear, name).data for linear in mine for name in linear.weight_names()]
-        read = raw_read(tensors, self.place.threads) if packed and m <= FEW_TOKENS else None
+        rounds = result.linears // copies
+        read = raw_read(tensors * rounds, self.place.threads) if packed and m <= FEW_TOKENS else None
         return Prepared(
             call=result.call,
-            linears=copies,
+            linears=result.linears,
+            weights=copies,
             weight_bytes=size,
             provider="+".join(ran) or "emulation",
             # Of the codes: what is small lies elsewhere.

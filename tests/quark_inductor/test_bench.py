@@ -18,8 +18,8 @@ from quark_inductor.peers.raw_read import raw_read
 from quark_inductor.schemes.spec import PRESETS
 
 COLUMNS = (
-    "threads n k m name scheme provider linears weight_bytes huge_pages from_memory samples median_ms q1_ms q3_ms "
-    "gb_per_s gop_per_s raw_read_fraction speedup_over_bf16"
+    "threads n k m name scheme provider linears weights weight_bytes huge_pages from_memory samples median_ms q1_ms "
+    "q3_ms gb_per_s gop_per_s raw_read_fraction speedup_over_bf16"
 ).split()
 
 
@@ -114,6 +114,7 @@ def test_few_tokens_read_weights_that_no_cache_holds() -> None:
     assert place.copies(10_000_000, 1) == place.copies(10_000_000, 16) == 16
     assert place.copies(10_000_000, 128) == 2
     assert place.copies(1000, 1) == 64
+    assert (place.rounds(16, 1), place.rounds(6, 16), place.rounds(64, 1), place.rounds(2, 128)) == (4, 11, 1, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -142,8 +143,8 @@ def test_a_crash_says_which_signal_and_the_next_question_finds_another_process()
         os.kill(process, signal.SIGABRT)
         with pytest.raises(Died, match="SIGABRT"):
             host.ask("prepare", "", 1)
-        linears, weight_bytes, *_ = host.ask("prepare", "", 1)
-        assert (linears, weight_bytes) == (2, 64 * 64 * 2)
+        linears, weights, weight_bytes, *_ = host.ask("prepare", "", 1)
+        assert (linears, weights, weight_bytes) == (2, 2, 64 * 64 * 2)
         assert all(ms > 0 for ms in host.ask("turn", ""))
     finally:
         host.close()
@@ -158,7 +159,7 @@ def test_a_peer_that_is_installed_works(name: str) -> None:
     host = Host(name, Place(n=256, k=512, threads=1, cold_bytes=0))
     try:
         for m in (1, 32):
-            linears, weight_bytes, *_ = host.ask("prepare", "", m)
+            linears, _, weight_bytes, *_ = host.ask("prepare", "", m)
             assert linears == 2
             assert weight_bytes >= 256 * 512 / 2
             assert all(ms > 0 for ms in host.ask("turn", ""))

@@ -16,9 +16,9 @@ from quark_inductor.schemes.errors import QuarkInductorError
 
 # From here on weights are read for many rows at once, and do not have to come from memory each time.
 FEW_TOKENS = 16
-# What a call of a module costs besides, 0.3 ms of code that no cache holds after so many weights, is shared by many
-# products, as in a model (Llama 8B has 224).
-_LEAST_PRODUCTS = 64
+# What a call of a module costs besides, 0.3 ms of code that no cache holds after so many weights, is shared by as many
+# products, as in a model (Llama 8B has 224): with few tokens, and with many.
+_LEAST_PRODUCTS = 64, 8
 # Of a product of random numbers; 4 bits on both sides cost 0.16.
 _TOLERANCE = 0.3
 _MOST_COPIES = 64
@@ -47,7 +47,7 @@ class Place:
 
     def rounds(self, copies: int, m: int) -> int:
         """How often a call of a module goes through its ``copies`` weights, each time with another activation."""
-        return math.ceil(_LEAST_PRODUCTS / copies) if m <= FEW_TOKENS and self.cold_bytes else 1
+        return math.ceil(_LEAST_PRODUCTS[m > FEW_TOKENS] / copies) if self.cold_bytes else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,9 @@ from typing import Any
 from quark_inductor.peers.base import Peer, Prepared
 from quark_inductor.peers.floats import linears, prepared
 
+# In bfloat16, before they are quantized, they take much memory.
+_MOST_COPIES = 20
+
 
 class _Torchao(Peer):
     package = module = "torchao"
@@ -22,11 +25,12 @@ class _Torchao(Peer):
 
         torch._dynamo.reset()
         size = self.place.n * self.place.k * self.bits // 8
-        copies = self.place.copies(size, m)
+        # Its products are loops, which Inductor fuses where two read one weight: each has its own.
+        copies = max(self.place.copies(size, m), min(self.place.rounds(1, m), _MOST_COPIES))
         module = linears(self.place, copies)
         quantize_(module, self.config())
         compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
-        return prepared(compiled, self.place, copies, m, weight_bytes=size)
+        return prepared(compiled, self.place, copies, m, rounds=1, weight_bytes=size)
 
 
 class TorchaoInt8(_Torchao):

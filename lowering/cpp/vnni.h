@@ -74,6 +74,30 @@ inline __m512i dot(__m512i start, __m512i table, const uint8_t* chunks, const in
   return start;
 }
 
+// Dot products of a block of 4 * QUADS columns by MR rows that lie 32 codes apart; NV registers of channels.
+template <int QUADS, int MR, int NV>
+__attribute__((always_inline)) inline void multiply_block(
+    const int8_t* a, const int32_t* corrections, const uint8_t* b, __m512i (&total)[MR][NV]) {
+#pragma GCC unroll 6
+  for (int m = 0; m < MR; m++) {
+    const __m512i start = _mm512_set1_epi32(corrections[m]);
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) total[m][v] = start;
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < QUADS; j++) {
+    __m512i w[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) w[v] = _mm512_load_si512(b + (j * NV + v) * 64);
+#pragma GCC unroll 6
+    for (int m = 0; m < MR; m++) {
+      const __m512i x = quad(a + m * TILE_K + j * 4);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) total[m][v] = _mm512_dpbusd_epi32(total[m][v], w[v], x);
+    }
+  }
+}
+
 // 32 packed codes, low nibble first, to doubled values in the panel's order. Returns whether one is not zero.
 inline bool load_codes(const uint8_t* packed, int8_t* codes) {
   const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(DOUBLED)), nibble = _mm_set1_epi8(15);

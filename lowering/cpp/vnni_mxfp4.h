@@ -440,30 +440,6 @@ __attribute__((noinline)) int decode(Weight w, int64_t blocks, Decoded to, Seen&
   return _mm512_reduce_max_epi32(spread);
 }
 
-// Dot products of a block.
-template <int MR, int NV>
-__attribute__((always_inline)) inline void multiply_block(
-    const int8_t* a, const int32_t* corrections, const uint8_t* b, __m512i (&total)[MR][NV]) {
-#pragma GCC unroll 6
-  for (int m = 0; m < MR; m++) {
-    const __m512i start = _mm512_set1_epi32(corrections[m]);
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) total[m][v] = start;
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) {
-    __m512i w[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) w[v] = _mm512_load_si512(b + (j * NV + v) * 64);
-#pragma GCC unroll 6
-    for (int m = 0; m < MR; m++) {
-      const __m512i x = quad(a + m * BLOCK + j * 4);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) total[m][v] = _mm512_dpbusd_epi32(total[m][v], w[v], x);
-    }
-  }
-}
-
 // out += a chunk's products, summed exactly as integers: each block is shifted by how far its exponents are above the
 // least of the chunk.
 template <int MR, int NV>
@@ -479,7 +455,7 @@ __attribute__((noinline)) void multiply_shifted(
   for (int64_t b = 0; b < blocks; b++) {
     __m512i total[MR][NV];
     next.step();
-    multiply_block<MR, NV>(a.codes, a.corrections, w.codes, total);
+    multiply_block<8, MR, NV>(a.codes, a.corrections, w.codes, total);
 #pragma GCC unroll 6
     for (int m = 0; m < MR; m++) {
       const __m512i shift = _mm512_set1_epi32(a.shifts[m]);
@@ -520,7 +496,7 @@ __attribute__((noinline)) void multiply_scaled(
   for (int64_t b = 0; b < blocks; b++) {
     __m512i total[MR][NV];
     next.step();
-    multiply_block<MR, NV>(a.codes, a.corrections, w.codes, total);
+    multiply_block<8, MR, NV>(a.codes, a.corrections, w.codes, total);
     __m512i exponent[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) exponent[v] = _mm512_slli_epi32(bytes16(scales + v * 16), 23);

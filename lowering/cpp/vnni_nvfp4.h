@@ -439,30 +439,6 @@ __attribute__((noinline)) int decode(Weight w, int64_t steps, Decoded to, int& h
   return _mm512_reduce_max_epi32(spread);
 }
 
-// Dot products of a block.
-template <int MR, int NV>
-__attribute__((always_inline)) inline void multiply_block(
-    const int8_t* a, const int32_t* corrections, const uint8_t* b, __m512i (&total)[MR][NV]) {
-#pragma GCC unroll 4
-  for (int m = 0; m < MR; m++) {
-    const __m512i start = _mm512_set1_epi32(corrections[m]);
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) total[m][v] = start;
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    __m512i w[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) w[v] = _mm512_load_si512(b + (j * NV + v) * 64);
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; m++) {
-      const __m512i x = quad(a + m * TILE_K + j * 4);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) total[m][v] = _mm512_dpbusd_epi32(total[m][v], w[v], x);
-    }
-  }
-}
-
 // out += a chunk's products, summed exactly as integers: two blocks' dot products fit in 16 bits each, and so do the
 // products of their scales.
 template <int MR, int NV>
@@ -478,8 +454,8 @@ __attribute__((noinline)) void multiply_pairs(
   for (int64_t s = 0; s < steps; s++) {
     __m512i first[MR][NV], second[MR][NV];
     next.step();
-    multiply_block<MR, NV>(a.codes, a.corrections, w.codes, first);
-    multiply_block<MR, NV>(a.codes + BLOCK, a.corrections + MR, w.codes + NV * 256, second);
+    multiply_block<4, MR, NV>(a.codes, a.corrections, w.codes, first);
+    multiply_block<4, MR, NV>(a.codes + BLOCK, a.corrections + MR, w.codes + NV * 256, second);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++) {
       const __m512i of_row = _mm512_set1_epi32(a.pairs[m]);
@@ -523,7 +499,7 @@ __attribute__((noinline)) void multiply_scaled(
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
       __m512i total[MR][NV];
-      multiply_block<MR, NV>(a.codes + h * BLOCK, a.corrections + h * MR, w.codes + h * NV * 256, total);
+      multiply_block<4, MR, NV>(a.codes + h * BLOCK, a.corrections + h * MR, w.codes + h * NV * 256, total);
       __m512 scale[NV];
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) scale[v] = scale16(scales + h * 64 + v * 16);

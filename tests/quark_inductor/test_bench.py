@@ -1,19 +1,23 @@
 import csv
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from quark_inductor import bench
 from quark_inductor.__main__ import main
 from quark_inductor.errors import QuarkInductorError
 from quark_inductor.peers import PEERS
 from quark_inductor.peers.base import Place, activations, check, weight
+from quark_inductor.peers.floats import each
 from quark_inductor.peers.host import Died, Host
+from quark_inductor.peers.ours import _copies, _quantized
 from quark_inductor.peers.raw_read import raw_read
 from quark_inductor.schemes.spec import PRESETS
 
@@ -115,6 +119,18 @@ def test_few_tokens_read_weights_that_no_cache_holds() -> None:
     assert place.copies(10_000_000, 128) == 2
     assert place.copies(1000, 1) == 64
     assert (place.rounds(16, 1), place.rounds(6, 16), place.rounds(64, 1), place.rounds(2, 128)) == (4, 11, 1, 4)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_call_reads_all_weights_before_it_reads_one_again() -> None:
+    """Else the second product would find the weight in a cache."""
+    linears = _copies(_quantized(64, 128, "mxfp4"), 3, packed=True)
+    compiled = torch.compile(each(linears), backend="quark", fullgraph=True)
+    outputs, (code,) = run_and_get_code(compiled, torch.randn(1, 128).bfloat16(), torch.randn(1, 128).bfloat16())
+    assert len(outputs) == 6
+    read = re.findall(r"^ +cpp_fused\w*\(\w+, (\w+), \w+\)$", code, re.MULTILINE)
+    assert len(set(read)) == 3
+    assert read == read[:3] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -59,15 +59,13 @@ inline __m512i bytes16(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-// V here: __m512 or __m512i.
-
 // Between two uses of a register: gcc moves other prefetches together, more than there are buffers for.
-template <typename V>
+template <typename V>  // __m512 or __m512i
 __attribute__((always_inline)) inline void prefetch_between(const uint8_t* p, V& used) {
   asm volatile("prefetcht0 %1" : "+v"(used) : "m"(*p));
 }
 
-template <typename V>
+template <typename V>  // __m512 or __m512i
 inline V zero_register() {
   V zero = {};
   asm volatile("" : "+v"(zero));  // else gcc shares one register among accumulators and spills them

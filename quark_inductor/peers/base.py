@@ -16,8 +16,8 @@ from quark_inductor.schemes.errors import QuarkInductorError
 
 # From here on weights are read for many rows at once, and do not have to come from memory each time.
 FEW_TOKENS = 16
-# What a call of a module costs besides, 0.3 ms of code that no cache holds after so many weights, is shared by as many
-# products, as in a model (Llama 8B has 224): with few tokens, and with many.
+# With few tokens, and with many. They share what a call of a module costs besides: 0.3 ms, as no cache holds its code
+# after so many weights. A model's share it too, and are more: 224 in Llama 8B.
 _LEAST_PRODUCTS = 64, 8
 # Of a product of random numbers; 4 bits on both sides cost 0.16.
 _TOLERANCE = 0.3

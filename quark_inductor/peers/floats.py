@@ -39,14 +39,14 @@ def each(modules: list[Any]) -> Any:
     return Each().eval()
 
 
-def prepared(module: Any, place: Any, copies: int, m: int, rounds: int | None = None, **more: Any) -> Prepared:
+def prepared(module: Any, place: Any, copies: int, m: int, *, rounds: int, weight_bytes: int) -> Prepared:
     """The call of a module made by :func:`each`, once it has given the right numbers.
 
-    It goes ``rounds`` times through its weights; ``None``: as often as the place says.
+    It goes ``rounds`` times through its weights.
     """
     import torch
 
-    numbers = activations(rounds or place.rounds(copies, m), m, place.k)
+    numbers = activations(rounds, m, place.k)
     inputs = list(torch.from_numpy(numbers).bfloat16())
 
     def call() -> Any:
@@ -56,7 +56,7 @@ def prepared(module: Any, place: Any, copies: int, m: int, rounds: int | None = 
     outputs = call()
     for x, y in zip(numbers, outputs[::copies], strict=True):
         check(y.float().numpy(), x, weight(place.n, place.k))
-    return Prepared(call=call, linears=len(outputs), weights=copies, **more)
+    return Prepared(call=call, linears=len(outputs), weights=copies, weight_bytes=weight_bytes)
 
 
 class LinearBf16(Peer):
@@ -68,7 +68,8 @@ class LinearBf16(Peer):
         """No compiler."""
         size = self.place.n * self.place.k * 2
         copies = self.place.copies(size, m)
-        return prepared(linears(self.place, copies), self.place, copies, m, weight_bytes=size)
+        rounds = self.place.rounds(copies, m)
+        return prepared(linears(self.place, copies), self.place, copies, m, rounds=rounds, weight_bytes=size)
 
 
 class InductorBf16(Peer):
@@ -90,4 +91,5 @@ class InductorBf16(Peer):
         size = self.place.n * self.place.k * 2
         copies = self.place.copies(size, m)
         compiled = torch.compile(linears(self.place, copies), fullgraph=True, dynamic=False, options=self.options)
-        return prepared(compiled, self.place, copies, m, weight_bytes=size)
+        rounds = self.place.rounds(copies, m)
+        return prepared(compiled, self.place, copies, m, rounds=rounds, weight_bytes=size)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 
 from quark_inductor.machine import huge_page_share
@@ -71,17 +72,14 @@ class _Compiled(Peer):
             options={} if packed else {"quark.provider": "emulation"},
         )
         before = kernel_counts()
-        # Beside dequantizing a call costs nothing.
-        result = prepared(module, self.place, copies, m, rounds=None if packed else 1, weight_bytes=size)
+        # What a call costs is nothing beside dequantizing.
+        rounds = self.place.rounds(copies, m) if packed else 1
+        result = prepared(module, self.place, copies, m, rounds=rounds, weight_bytes=size)
         ran = [name for name, count in kernel_counts().items() if count > before.get(name, 0)]
         tensors = [getattr(linear, name).data for linear in mine for name in linear.weight_names()]
-        rounds = result.linears // copies
         read = raw_read(tensors * rounds, self.place.threads) if packed and m <= FEW_TOKENS else None
-        return Prepared(
-            call=result.call,
-            linears=result.linears,
-            weights=copies,
-            weight_bytes=size,
+        return replace(
+            result,
             provider="+".join(ran) or "emulation",
             # Of the codes: what is small lies elsewhere.
             huge_pages=huge_page_share(t.data_ptr() for t in tensors if t.nbytes > size // 2),

@@ -16,8 +16,13 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.dependencies import MemoryDep
-from torch._inductor.lowering import register_lowering, view
-from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
+from torch._inductor.lowering import add, expand, register_lowering, sum_, to_dtype, view
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+    realize_inputs,
+)
 from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
 
@@ -27,10 +32,14 @@ __all__ = [
     "CppTemplateCaller",
     "CppTemplateKernel",
     "Placeholder",
+    "SymbolicGridFn",
+    "TritonTemplate",
     "V",
+    "add",
     "check_all_epilogues",
     "config",
     "counters",
+    "expand",
     "gen_2d_view_of_epilogue_buf",
     "get_export_declaration",
     "ir",
@@ -40,7 +49,9 @@ __all__ = [
     "register_lowering",
     "select_choice",
     "static_size",
+    "sum_",
     "sympy_index_symbol",
+    "to_dtype",
     "view",
 ]
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
-from quark_inductor.schemes.operands import features_of, min_capability
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.operands import features_of, fp8_weight, is_transposed, min_capability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,9 @@ class GemmProblem:
             ``"per_group"``.
         scale_rule: how the prologue computes the activation's scale, ``"given"`` if it does not.
         group_size: elements along K that share a computed scale; 0: a row does.
+        x_columns: elements along K that share a scale of the activation, given or computed, if those are no block
+            format's; 0: a row does.
+        weight_columns: the same of the weight.
         layout: how the weight is packed, see :mod:`quark_inductor.schemes.layout`; ``""``: it is not.
     """
 
@@ -45,6 +49,8 @@ class GemmProblem:
     x_granularity: str = ""
     scale_rule: str = ""
     group_size: int = 0
+    x_columns: int = 0
+    weight_columns: int = 0
     layout: str = ""
 
     def __str__(self) -> str:
@@ -69,9 +75,8 @@ def gemm_problem(
     weight = [int(size or 0) for size in shape(args["weight"])]
     n, k = features_of(args, lambda tensor: [size or 0 for size in shape(tensor)])
     experts = weight[0] if len(weight) == 3 and not layout else 0
-    granularity = ""
+    granularity, sizes = "", shape(x_scale) if x_scale is not None else []
     if x_scale is not None:
-        sizes = shape(x_scale)
         granularity = "per_tensor" if not sizes else "per_token" if sizes[-1] == 1 else "per_group"
     return GemmProblem(
         op=op,
@@ -87,8 +92,21 @@ def gemm_problem(
         x_granularity=granularity,
         scale_rule=args.get("scale_rule", ""),
         group_size=args.get("group_size", 0),
+        x_columns=k // int(sizes[-1] or 1) if granularity == "per_group" else args.get("group_size", 0),
+        weight_columns=_weight_columns(
+            weight_format, k, [] if args["weight_scale"] is None else shape(args["weight_scale"])
+        ),
         layout=layout,
     )
+
+
+def _weight_columns(format: str, k: int, scale: list[int | None]) -> int:
+    """How many elements along K share a scale of a weight that is in no block format; 0: all of them."""
+    if len(scale) != 2 or format in BLOCK_FORMATS:
+        return 0
+    if (of_fp8 := fp8_weight(format)) is not None:
+        return of_fp8[1][1] if of_fp8[1] else 0
+    return k // int(scale[0 if is_transposed(2, format) else 1] or 1)
 
 
 @dataclass(frozen=True, slots=True)

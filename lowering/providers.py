@@ -2,4 +2,5 @@
 
 from quark_inductor.lowering import (
     cpp,  # noqa: F401
+    triton,  # noqa: F401
 )

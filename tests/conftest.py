@@ -101,6 +101,12 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def gemms() -> ModuleType:
+    """``gemms.py``: fused GEMMs of every pair of formats."""
+    return helper("gemms")
+
+
+@pytest.fixture(scope="session")
 def specs() -> ModuleType:
     """``specs.py``: every kind of quantized Linear."""
     return helper("specs")

@@ -23,6 +23,8 @@ from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _triton
 
+from quark_inductor.lowering import target
+
 GPU = torch.device("cuda:0")
 # Those of an H100.
 PROPERTIES = DeviceProperties(
@@ -39,31 +41,34 @@ PROPERTIES = DeviceProperties(
 
 
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Inside, Inductor finds a GPU, as far as it asks to generate code."""
+def fake_gpu(arch: str | None = None) -> Iterator[None]:
+    """Inside, Inductor finds a GPU, as far as it asks to generate code; our lowerings one of an architecture."""
     properties = SimpleNamespace(major=9, minor=0)
-    with (
-        patch.object(scheduler, "has_triton", lambda *args: True),
-        patch.object(_triton, "triton_hash_with_backend", lambda: ""),
-        patch.object(DeviceProperties, "create", lambda device: PROPERTIES),
-        patch.object(torch.cuda, "get_device_properties", lambda *args: properties),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(scheduler, "has_triton", lambda *args: True))
+        stack.enter_context(patch.object(_triton, "triton_hash_with_backend", lambda: ""))
+        stack.enter_context(patch.object(DeviceProperties, "create", lambda device: PROPERTIES))
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *args: properties))
+        if arch is not None:
+            found = target.Target(device_type="cuda", arch=arch)
+            stack.enter_context(patch.object(target, "current", lambda device_type="cpu": found))
         yield
 
 
-def gpu_code(graph: Graph, **options: Any) -> str:
+def gpu_code(graph: Graph, arch: str | None = None, **options: Any) -> str:
     """The Python module that Inductor would compile and call.
 
     Args:
         graph: what Inductor lowers: after all its passes. Traced on CPU (which decides nothing here: the graphs of
             producers and quantizes are the same), with static shapes.
+        arch: whose kernels our lowerings make; by default they find no GPU.
         **options: of ``torch._inductor.config``.
     """
     on_gpu, inputs = Graph(), []
     on_gpu.output(on_gpu.graph_copy(graph, {}))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     no_workers = {"compile_threads": 1}  # nothing is compiled
-    with fake_gpu(), mode, V.set_fake_mode(mode), config.patch({**no_workers, **options}), DebugContext():
+    with fake_gpu(arch), mode, V.set_fake_mode(mode), config.patch({**no_workers, **options}), DebugContext():
         for node in on_gpu.nodes:
             moved = map_aggregate((node.args, node.kwargs), lambda a: GPU if isinstance(a, torch.device) else a)
             node.args, node.kwargs = moved  # type: ignore[misc, assignment]

@@ -231,13 +231,15 @@ def quantized_values(
     format: str,
     scale_rule: str,
     group_size: int,
+    to: torch.dtype | None = None,
 ) -> np.ndarray:
-    """The values of an activation that is quantized and dequantized, in its dtype.
+    """The values of an activation that is quantized and dequantized, rounded to a dtype: by default its own.
 
     Whole blocks, groups or rows with a NaN or an infinity come out with some number that is not finite, where a scale
     is computed from them.
     """
     values, dtype, k = to_numpy(x), x.dtype, x.shape[1]
+    to = to or dtype
     with np.errstate(all="ignore"):
         if format in BLOCKS:
             size, element, _ = BLOCKS[format]
@@ -247,7 +249,7 @@ def quantized_values(
             multiplier = _block_multiplier(amax, format, scale_rule, global_scale, dtype)
             codes = saturated(blocks / np.where(multiplier == 0, EPS, multiplier), element)
             multiplier = np.where(multiplier == 0, np.float32(_zero_scale(format)), multiplier)
-            return rounded(codes * multiplier, dtype).reshape(values.shape)
+            return rounded(codes * multiplier, to).reshape(values.shape)
         groups = values.reshape(len(values), -1, group_size or k)
         if format.startswith("fp8"):
             if scale is not None:
@@ -257,7 +259,7 @@ def quantized_values(
                 divisor = np.where(divisor == 0, EPS, divisor)
             # By groups the quotient stays in float32.
             quotient = groups / divisor if group_size else rounded(groups / divisor, dtype)
-            return rounded(saturated(quotient, format) * divisor, dtype).reshape(values.shape)
+            return rounded(saturated(quotient, format) * divisor, to).reshape(values.shape)
         low, high = BOUNDS[format]
         offset: np.ndarray
         if scale is not None and zero_point is not None:
@@ -274,7 +276,7 @@ def quantized_values(
             if scale_rule == "asymmetric":
                 offset = np.clip(rounded(low - np.rint(rounded(smallest / divisor, dtype)), dtype), low, high)
         codes = np.clip(np.rint(groups * (np.float32(1) / divisor)) + offset, low, high)
-        return rounded((codes - offset) * divisor, dtype).reshape(values.shape)
+        return rounded((codes - offset) * divisor, to).reshape(values.shape)
 
 
 def check_product(y: Tensor, x: np.ndarray, weight: np.ndarray, bias: Tensor | None) -> None:

@@ -1,0 +1,112 @@
+"""How a problem is multiplied on a chip: which of its matrix instructions, and what they are given."""
+
+import math
+from dataclasses import dataclass
+
+from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.triton.chips import Chip
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.operands import FP8_FORMATS, fp8_weight
+
+# Above it sums of products of codes minus zero points could leave 32 bits.
+_LARGEST_K_WITH_ZERO_POINTS = 32768
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What the loop multiplies.
+
+    Attributes:
+        kind: ``"block_scaled"``: codes and the scales of their blocks, by one instruction; ``"fp8"``, ``"int8"``:
+            codes, scaled afterwards; ``"float"``: numbers, which are the codes times the scales of their blocks.
+        dot: of ``"float"``, the dtype of the numbers.
+        x_element: of ``"block_scaled"``, the activation's element as Triton calls it.
+        weight_element: the weight's.
+        unit_scales: the activation has no scales of blocks, but the instruction wants some.
+        rounds: numbers are rounded to the result's dtype before they are multiplied, as the emulation rounds them.
+    """
+
+    kind: str
+    dot: str = ""
+    x_element: str = ""
+    weight_element: str = ""
+    unit_scales: bool = False
+    rounds: bool = False
+
+
+def form_of(chip: Chip, problem: GemmProblem, rounds: bool) -> Form:
+    """The form in which a chip multiplies the operands of a problem.
+
+    Args:
+        chip: where it will run.
+        problem: what to compute.
+        rounds: whether operands are rounded as the emulation rounds them, where that changes a number.
+    """
+    weight_only = problem.op == "weight_only_gemm"
+    if not weight_only and (form := _block_scaled(chip, problem, rounds)) is not None:
+        return form
+    # Fewer columns are not to be had for operands of 8 bits.
+    columns = math.gcd(problem.k, problem.x_columns, problem.weight_columns)
+    if not weight_only and not rounds and columns % 32 == 0:
+        if _is_fp8(chip, problem):
+            return Form(kind="fp8")
+        if _is_int8(problem):
+            return Form(kind="int8")
+    return Form(kind="float", dot=_dot(problem, rounds), rounds=rounds)
+
+
+def _block_scaled(chip: Chip, problem: GemmProblem, rounds: bool) -> Form | None:
+    w = BLOCK_FORMATS.get(problem.weight_format)
+    if w is None or problem.k % chip.block_scaled_columns:
+        return None
+    x = BLOCK_FORMATS.get(problem.x_format)
+    if w.scale == "e4m3":
+        both = x is not None and x.scale == "e4m3" and chip.nvfp4 and not rounds
+        return Form(kind="block_scaled", x_element="e2m1", weight_element="e2m1") if both else None
+    if w.scale != "e8m0" or not chip.mx:
+        return None
+    weight_element = _DOT_ELEMENTS[w.element]
+    if x is not None:
+        if x.scale != "e8m0":
+            return None
+        x_element = _DOT_ELEMENTS[x.element]
+    else:
+        # FP8 under a scale of a tensor or a token, which is applied afterwards.
+        if problem.x_format not in ("fp8_e4m3", "fp8_e5m2") or problem.x_columns or rounds:
+            return None
+        x_element = _DOT_ELEMENTS[problem.x_format]
+    if not chip.mixes_elements and x_element != weight_element:
+        # FP4 codes are exact in E4M3.
+        if "e5m2" in (x_element, weight_element):
+            return None
+        x_element = weight_element = "e4m3"
+    return Form(
+        kind="block_scaled",
+        x_element=x_element,
+        weight_element=weight_element,
+        unit_scales=x is None and chip.wants_scales,
+    )
+
+
+# FP6 ones are exact in E4M3.
+_DOT_ELEMENTS = {"fp4": "e2m1", "fp6_e2m3": "e4m3", "fp6_e3m2": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+
+
+def _is_fp8(chip: Chip, problem: GemmProblem) -> bool:
+    weight = fp8_weight(problem.weight_format)
+    return weight is not None and problem.x_format in chip.fp8 and FP8_FORMATS[problem.x_format] == weight[0]
+
+
+def _is_int8(problem: GemmProblem) -> bool:
+    alike = problem.x_format in ("int8", "uint8") and problem.weight_format in ("int8", "uint8")
+    small = problem.k <= _LARGEST_K_WITH_ZERO_POINTS
+    return alike and small and not problem.weight_columns and not problem.x_columns
+
+
+def _dot(problem: GemmProblem, rounds: bool) -> str:
+    """The dtype in which numbers are multiplied: one that holds them exactly, if what scales them later can do so."""
+    if rounds or problem.op == "weight_only_gemm" or problem.x_columns or problem.weight_columns:
+        return problem.dtype
+    scales = {BLOCK_FORMATS[f].scale for f in (problem.x_format, problem.weight_format) if f in BLOCK_FORMATS}
+    # float16 holds all codes, less zero points, but not every power of two.
+    return "bfloat16" if scales & {"e8m0", "e5m3"} else "float16"

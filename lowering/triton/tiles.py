@@ -1,0 +1,169 @@
+"""The size of a kernel's tiles, whether its operands are swapped, and how many programs share a tile.
+
+The sizes were chosen by the machine code that Triton 3.7 makes of them: no spills, everything fits, and the fewest
+instructions for a product. They are not measured yet: ``max_autotune`` measures those that :func:`tiles_for` gives.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.triton.chips import Chip
+from quark_inductor.lowering.triton.forms import Form
+
+# Columns of the smallest tile: what a matrix instruction takes of bfloat16.
+_LEAST_COLUMNS = 16
+_MOST_COLUMNS = 256
+_LEAST_ROWS, _LEAST_CHANNELS = 16, 64
+# Up to so many tokens a GEMM reads its weights for little else: tiles are as low as they can be, and K is split.
+FEW_TOKENS = 64
+_MOST_PARTS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """One way to run a kernel.
+
+    Attributes:
+        m: rows of the activation.
+        n: output channels.
+        k: columns of both.
+        warps: warps a program.
+        stages: tiles in flight between memory and registers.
+        swapped: the weight is the left operand.
+        parts: programs that share a tile of the result, each with a part of K.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    swapped: bool = False
+    parts: int = 1
+
+
+# By how the operands are multiplied and the chip, for few tokens (whose rows are as many as there are) and for many:
+# rows, channels, columns, warps, stages.
+_Size = tuple[int, int, int, int, int]
+_SIZES: Mapping[str, Mapping[str, tuple[_Size, _Size]]] = {
+    "fp4": {
+        "gfx950": ((16, 64, 512, 4, 2), (128, 256, 256, 8, 2)),
+        "sm_100": ((16, 128, 256, 4, 4), (128, 256, 256, 8, 3)),
+        "sm_120": ((16, 128, 256, 4, 4), (128, 128, 128, 4, 3)),
+    },
+    "mxfp8": {
+        "gfx950": ((16, 64, 256, 4, 2), (128, 128, 128, 8, 2)),
+        "sm_100": ((16, 128, 128, 4, 4), (128, 128, 128, 4, 3)),
+        "sm_120": ((16, 128, 128, 4, 3), (128, 128, 128, 8, 2)),
+    },
+    "fp8": {
+        "gfx942": ((16, 64, 256, 4, 2), (128, 256, 64, 8, 2)),
+        "gfx950": ((16, 64, 256, 4, 2), (128, 256, 128, 8, 2)),
+        "sm_89": ((16, 128, 128, 4, 3), (128, 128, 64, 8, 3)),
+        "sm_90": ((16, 64, 256, 4, 4), (128, 256, 128, 8, 3)),
+        "sm_100": ((16, 128, 128, 4, 4), (128, 256, 128, 8, 3)),
+        "sm_120": ((16, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
+    },
+    "int8": {
+        "gfx942": ((16, 64, 256, 4, 2), (128, 256, 64, 8, 2)),
+        "gfx950": ((16, 64, 256, 4, 2), (128, 256, 128, 8, 2)),
+        "gfx1100": ((16, 64, 128, 4, 2), (128, 128, 64, 8, 2)),
+        "sm_80": ((16, 64, 128, 4, 4), (128, 128, 64, 8, 3)),
+        "sm_89": ((16, 128, 128, 4, 3), (128, 128, 64, 8, 3)),
+        "sm_90": ((16, 64, 256, 4, 4), (128, 256, 128, 8, 3)),
+        "sm_100": ((16, 64, 256, 4, 3), (128, 256, 128, 8, 3)),
+        "sm_120": ((16, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
+    },
+    "float": {
+        "gfx942": ((16, 64, 128, 4, 2), (128, 128, 32, 8, 2)),
+        "gfx950": ((16, 64, 128, 4, 2), (128, 128, 64, 8, 2)),
+        "gfx1100": ((16, 64, 64, 4, 2), (64, 64, 32, 8, 2)),
+        "sm_80": ((16, 64, 64, 4, 3), (128, 128, 32, 8, 3)),
+        "sm_89": ((16, 64, 64, 4, 3), (128, 128, 32, 8, 3)),
+        "sm_90": ((16, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
+        "sm_100": ((16, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
+        "sm_120": ((16, 64, 64, 4, 3), (128, 128, 32, 8, 3)),
+    },
+}
+
+
+def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) -> list[Tile]:
+    """Tiles to choose from, the one to take without measuring first.
+
+    Args:
+        chip: where it will run.
+        problem: what to compute.
+        form: how it is multiplied.
+        most: more than one, for somebody who measures; all split K alike.
+    """
+    few, many = _SIZES[_kind(form)][chip.name]
+    if problem.m is not None and problem.m <= FEW_TOKENS:
+        _, n, k, warps, stages = few
+        tile = Tile(m=_rows(problem.m), n=n, k=_columns(problem, k), warps=warps, stages=stages)
+        tile = _swapped(chip, tile)
+        tile = replace(tile, parts=_parts(chip, problem, tile))
+    else:
+        m, n, k, warps, stages = many
+        tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps, stages=stages)
+        while problem.m is not None and _programs(problem, tile) < chip.processors and tile.n > _LEAST_CHANNELS:
+            tile = replace(tile, n=tile.n // 2)
+    if not most:
+        return [tile]
+    others = [replace(tile, stages=tile.stages + more) for more in (-1, 1)]
+    others += [replace(tile, n=n) for n in (tile.n // 2, tile.n * 2) if n >= max(_LEAST_CHANNELS, chip.left_rows)]
+    others.append(replace(tile, warps=12 - tile.warps))
+    return [tile, *others]
+
+
+def _kind(form: Form) -> str:
+    if form.kind != "block_scaled":
+        return form.kind
+    return "fp4" if form.x_element == form.weight_element == "e2m1" else "mxfp8"
+
+
+def _rows(tokens: int) -> int:
+    return max(_LEAST_ROWS, 1 << (tokens - 1).bit_length())
+
+
+def _swapped(chip: Chip, tile: Tile) -> Tile:
+    """The weight on the left, if the activation has too few rows for that side."""
+    if tile.m >= chip.left_rows:
+        return tile
+    return replace(tile, n=max(tile.n, chip.left_rows), swapped=True)
+
+
+def _programs(problem: GemmProblem, tile: Tile) -> int:
+    return -(-(problem.m or 1) // tile.m) * -(-problem.n // tile.n)
+
+
+def _parts(chip: Chip, problem: GemmProblem, tile: Tile) -> int:
+    """How many programs share a tile: enough for the chip, if each still has some steps."""
+    parts, steps = 1, problem.k // tile.k
+    while _programs(problem, tile) * parts < chip.processors and parts < _MOST_PARTS and steps >= 4 * parts:
+        parts *= 2
+    return parts
+
+
+def _columns(problem: GemmProblem, most: int) -> int:
+    """The largest power of two up to ``most`` that divides K, and whose columns share each scale."""
+    if problem.group_size:
+        return problem.group_size  # their scale is computed from the tile
+    return math.gcd(problem.k, problem.x_columns, problem.weight_columns, most)
+
+
+def refuse(problem: GemmProblem) -> str | None:
+    """``None`` if there is a tile whose columns share each scale, else why not."""
+    if problem.k % _LEAST_COLUMNS:
+        return f"K = {problem.k} is not a multiple of {_LEAST_COLUMNS}"
+    for columns, whose in ((problem.x_columns, "activation"), (problem.weight_columns, "weight")):
+        if columns % _LEAST_COLUMNS:
+            return f"{columns} columns share a scale of the {whose}; expected a multiple of {_LEAST_COLUMNS}"
+    group = problem.group_size
+    if group and (group & (group - 1) or group > _MOST_COLUMNS or problem.weight_columns % group):
+        return (
+            f"the activation is quantized by groups of {group}; expected a power of two up to {_MOST_COLUMNS} that "
+            "divides those of the weight"
+        )
+    return None

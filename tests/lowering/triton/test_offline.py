@@ -289,7 +289,7 @@ def cast(target: str, source: str = KERNELS, **constants: Any) -> Any:
     import triton.language as tl
 
     signature = {"x_ptr": "*fp32", "y_ptr": "*bf16", "n": "i32"}
-    return lib.Job(source, "cast", signature, {"DTYPE": tl.bfloat16, "BLOCK": 1024, **constants}, target)
+    return lib.Job(source, "cast", signature, {"DTYPE": tl.bfloat16, "BLOCK": 1024, **constants}, target, {}, ["n"])
 
 
 DOT = {
@@ -339,6 +339,9 @@ def test_elementwise(offline: Any) -> None:
     assert (nvidia.loop, nvidia.mma, nvidia.shared) == (None, {}, 0)
     assert amd.count("v_cvt_pk_bf16_f32") > 0
     assert amd.count("v_(pk_)?add_f32") > 0
+    # Tensors are aligned and below 2 GiB.
+    assert amd.count("buffer_load_dwordx4") > 0 == amd.count("global_load")
+    assert nvidia.count(r"LDG\.E\.128") > 0
     assert nvidia.count("FADD") == 0
 
 
@@ -380,6 +383,15 @@ def test_worker_dies(offline: Any) -> None:
     assert refused.reason.startswith("SyntaxError: invalid syntax")
     assert "LLVM ERROR" not in refused.reason
     assert "power of 2" in odd.reason
+
+
+def test_reason_is_that_of_its_job(offline: Any) -> None:
+    """Not what the job before printed, in the same process."""
+    prints = "import sys\nprint('LLVM ERROR: of this job', file=sys.stderr, flush=True)\nint('x')"
+    printed, silent = offline.compile([cast("gfx950", prints), cast("gfx950", "int('y')")])
+    assert printed.reason.startswith("ValueError: invalid literal for int")
+    assert printed.reason.endswith("'x'; LLVM ERROR: of this job")
+    assert silent.reason.endswith("'y'")
 
 
 def test_job_that_hangs() -> None:

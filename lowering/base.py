@@ -30,6 +30,8 @@ class GemmProblem:
             ``"per_group"``.
         scale_rule: how the prologue computes the activation's scale, ``"given"`` if it does not.
         group_size: elements along K that share a computed scale; 0: a row does.
+        x_group_size: elements along K that share a given scale of the activation; 0: a row does, or all.
+        zero_points: whether zero points of an operand are given, whatever their values.
         layout: how the weight is packed, see :mod:`quark_inductor.schemes.layout`; ``""``: it is not.
     """
 
@@ -45,6 +47,8 @@ class GemmProblem:
     x_granularity: str = ""
     scale_rule: str = ""
     group_size: int = 0
+    x_group_size: int = 0
+    zero_points: bool = False
     layout: str = ""
 
     def __str__(self) -> str:
@@ -69,10 +73,11 @@ def gemm_problem(
     weight = [int(size or 0) for size in shape(args["weight"])]
     n, k = features_of(args, lambda tensor: [size or 0 for size in shape(tensor)])
     experts = weight[0] if len(weight) == 3 and not layout else 0
-    granularity = ""
+    granularity, x_group_size = "", 0
     if x_scale is not None:
         sizes = shape(x_scale)
         granularity = "per_tensor" if not sizes else "per_token" if sizes[-1] == 1 else "per_group"
+        x_group_size = k // (sizes[-1] or k) if granularity == "per_group" else 0
     return GemmProblem(
         op=op,
         m=shape(args["x"])[-2],
@@ -87,6 +92,8 @@ def gemm_problem(
         x_granularity=granularity,
         scale_rule=args.get("scale_rule", ""),
         group_size=args.get("group_size", 0),
+        x_group_size=x_group_size,
+        zero_points=any(args.get(f"{operand}_zero_point") is not None for operand in ("x", "weight")),
         layout=layout,
     )
 
@@ -111,10 +118,17 @@ class Provider(ABC):
     def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         """Inductor IR of the fused op, from its arguments by name (tensors are Inductor IR nodes)."""
 
+    def found(self) -> tuple[str, ...]:
+        """What :meth:`can_run` finds outside of this package, a library for instance: part of Inductor's cache key."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` says why not others."""
+    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` says why not others.
+
+    A refusal is ``"names: reason"``: a reason that several give stands once.
+    """
 
     provider: Provider | None
     refusals: tuple[str, ...]
@@ -140,6 +154,11 @@ def unregister_provider(name: str) -> None:
 def provider_names() -> tuple[str, ...]:
     """Every provider's name in order of preference, the emulation last."""
     return (*_PROVIDERS, EMULATION)
+
+
+def provider_keys() -> tuple[tuple[str, ...], ...]:
+    """What a selection depends on besides target, problem and this package: of each provider name and findings."""
+    return tuple((name, *provider.found()) for name, provider in _PROVIDERS.items())
 
 
 _forced: ContextVar[str | None] = ContextVar("quark_inductor_provider", default=None)
@@ -177,13 +196,15 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
             "have hardware kernels"
         )
         return Selection(None, (reason,))
-    refusals = []
+    refusals: dict[str, list[str]] = {}
+    chosen = None
     for name, provider in _PROVIDERS.items():
         if forced not in (None, name):
-            refusals.append(f"{name}: option quark.provider is {forced!r}")
-            continue
-        answer = provider.can_run(target, problem)
+            answer: No | None = No(f"option quark.provider is {forced!r}")
+        else:
+            answer = provider.can_run(target, problem)
         if answer is None:
-            return Selection(provider, tuple(refusals))
-        refusals.append(f"{name}: {answer.reason}")
-    return Selection(None, tuple(refusals))
+            chosen = provider
+            break
+        refusals.setdefault(answer.reason, []).append(name)
+    return Selection(chosen, tuple(f"{', '.join(names)}: {reason}" for reason, names in refusals.items()))

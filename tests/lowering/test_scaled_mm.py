@@ -164,6 +164,16 @@ def test_numbers(compiled: Callable[..., Any], scales: tuple[str, str], dtype: t
     assert total.abs().mean() > 1
 
 
+@pytest.mark.usefixtures("hopper")
+def test_tokens_not_known_before_run_time(compiled: Callable[..., Any]) -> None:
+    named = operands("tensor", "channel", torch.float32)
+    expected = gemm(named, None, torch.bfloat16)
+    torch._dynamo.mark_dynamic(named["x"], 0)
+    y = compiled(lambda: gemm(named, None, torch.bfloat16))
+    assert counters["inductor"]["quark.quantized_gemm.scaled_mm"] == 1
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
+
+
 # --- the code on a GPU
 
 

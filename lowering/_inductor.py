@@ -16,7 +16,16 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.dependencies import MemoryDep
-from torch._inductor.lowering import add, expand, register_lowering, sum_, to_dtype, view
+from torch._inductor.lowering import (
+    add,
+    expand,
+    fallback_handler,
+    lowerings,
+    register_lowering,
+    sum_,
+    to_dtype,
+    view,
+)
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -36,13 +45,16 @@ __all__ = [
     "TritonTemplate",
     "V",
     "add",
+    "called",
     "check_all_epilogues",
     "config",
+    "contiguous",
     "counters",
     "expand",
     "gen_2d_view_of_epilogue_buf",
     "get_export_declaration",
     "ir",
+    "lowered",
     "ops",
     "parallel_num_threads",
     "realized_inputs",
@@ -72,6 +84,22 @@ def realized_inputs(nodes: Mapping[str, Any], strided: Sequence[str] = ()) -> li
         elsewhere = node.get_layout().offset != 0 or node.get_name() in {f.get_name() for f in found}
         found.append(ir.ExternKernel.copy_input(node) if elsewhere else node)
     return found
+
+
+def contiguous(node: Any) -> Any:
+    """The node realized as a contiguous buffer."""
+    realized = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+    return realized if isinstance(realized, ir.TensorBox) else ir.TensorBox(realized)
+
+
+def lowered(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Inductor's own lowering of an aten op makes of IR nodes."""
+    return lowerings[op](*args, **kwargs)
+
+
+def called(op: Any, *args: Any) -> Any:
+    """The IR node of a call of an op that has no lowering. Tensors must have the strides that the op wants."""
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
 def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:

@@ -34,6 +34,9 @@ class GemmProblem:
         x_columns: elements along K that share a scale of the activation, given or computed, if those are no block
             format's; 0: a row does.
         weight_columns: the same of the weight.
+        zero_points: whether zero points of an operand are given, whatever their values.
+        rounds: whether operands shall be rounded to the result's dtype before they are multiplied, as the emulation
+            rounds them.
         layout: how the weight is packed, see :mod:`quark_inductor.schemes.layout`; ``""``: it is not.
     """
 
@@ -51,6 +54,8 @@ class GemmProblem:
     group_size: int = 0
     x_columns: int = 0
     weight_columns: int = 0
+    zero_points: bool = False
+    rounds: bool = False
     layout: str = ""
 
     def __str__(self) -> str:
@@ -59,7 +64,11 @@ class GemmProblem:
 
 
 def gemm_problem(
-    op: str, args: Mapping[str, Any], shape: Callable[[Any], list[int | None]], dtype: Callable[[Any], str]
+    op: str,
+    args: Mapping[str, Any],
+    shape: Callable[[Any], list[int | None]],
+    dtype: Callable[[Any], str],
+    rounds: bool = False,
 ) -> GemmProblem:
     """The problem of a call of a fused op.
 
@@ -68,6 +77,7 @@ def gemm_problem(
         args: the call's arguments by name; a tensor as anything.
         shape: a tensor's shape, ``None`` for a size not known before run time.
         dtype: bare name of a tensor's dtype.
+        rounds: Inductor's option ``emulate_precision_casts``.
     """
     x_scale, weight_format, layout = args.get("x_scale"), args.get("weight_format", ""), args.get("weight_layout", "")
     # A packed weight's scales are in it, those of blocks.
@@ -92,16 +102,23 @@ def gemm_problem(
         x_granularity=granularity,
         scale_rule=args.get("scale_rule", ""),
         group_size=args.get("group_size", 0),
-        x_columns=k // int(sizes[-1] or 1) if granularity == "per_group" else args.get("group_size", 0),
-        weight_columns=_weight_columns(
-            weight_format, k, [] if args["weight_scale"] is None else shape(args["weight_scale"])
-        ),
+        x_columns=_x_columns(args, k, sizes),
+        weight_columns=0 if experts or args["weight_scale"] is None else _weight_columns(args, k, shape),
+        zero_points=any(args.get(f"{operand}_zero_point") is not None for operand in ("x", "weight")),
+        rounds=rounds,
         layout=layout,
     )
 
 
-def _weight_columns(format: str, k: int, scale: list[int | None]) -> int:
-    """How many elements along K share a scale of a weight that is in no block format; 0: all of them."""
+def _x_columns(args: Mapping[str, Any], k: int, scale: list[int | None]) -> int:
+    if args.get("x_format") in BLOCK_FORMATS:
+        return 0
+    groups = scale[-1] if scale else 1
+    return k // groups if groups and groups > 1 else int(args.get("group_size", 0))
+
+
+def _weight_columns(args: Mapping[str, Any], k: int, shape: Callable[[Any], list[int | None]]) -> int:
+    format, scale = args.get("weight_format", ""), shape(args["weight_scale"])
     if len(scale) != 2 or format in BLOCK_FORMATS:
         return 0
     if (of_fp8 := fp8_weight(format)) is not None:
@@ -129,10 +146,17 @@ class Provider(ABC):
     def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         """Inductor IR of the fused op, from its arguments by name (tensors are Inductor IR nodes)."""
 
+    def found(self) -> tuple[str, ...]:
+        """What :meth:`can_run` finds outside of this package, a library for instance: part of Inductor's cache key."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` says why not others."""
+    """Who runs a problem: ``provider`` is ``None`` when only the emulation can; ``refusals`` says why not others.
+
+    A refusal is ``"names: reason"``: a reason that several give stands once.
+    """
 
     provider: Provider | None
     refusals: tuple[str, ...]
@@ -158,6 +182,11 @@ def unregister_provider(name: str) -> None:
 def provider_names() -> tuple[str, ...]:
     """Every provider's name in order of preference, the emulation last."""
     return (*_PROVIDERS, EMULATION)
+
+
+def provider_keys() -> tuple[tuple[str, ...], ...]:
+    """What a selection depends on besides target, problem and this package: of each provider name and findings."""
+    return tuple((name, *provider.found()) for name, provider in _PROVIDERS.items())
 
 
 _forced: ContextVar[str | None] = ContextVar("quark_inductor_provider", default=None)
@@ -195,13 +224,15 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
             "have hardware kernels"
         )
         return Selection(None, (reason,))
-    refusals = []
+    refusals: dict[str, list[str]] = {}
+    chosen = None
     for name, provider in _PROVIDERS.items():
         if forced not in (None, name):
-            refusals.append(f"{name}: option quark.provider is {forced!r}")
-            continue
-        answer = provider.can_run(target, problem)
+            answer: No | None = No(f"option quark.provider is {forced!r}")
+        else:
+            answer = provider.can_run(target, problem)
         if answer is None:
-            return Selection(provider, tuple(refusals))
-        refusals.append(f"{name}: {answer.reason}")
-    return Selection(None, tuple(refusals))
+            chosen = provider
+            break
+        refusals.setdefault(answer.reason, []).append(name)
+    return Selection(chosen, tuple(f"{', '.join(names)}: {reason}" for reason, names in refusals.items()))

@@ -1,6 +1,7 @@
 """Imports every provider, in order of preference; light enough for a loader, which needs their layouts."""
 
-from quark_inductor.lowering import (
-    cpp,  # noqa: F401
-    triton,  # noqa: F401
-)
+# The order is not that of the alphabet.
+from quark_inductor.lowering import aiter  # noqa: F401  isort: skip
+from quark_inductor.lowering import scaled_mm  # noqa: F401  isort: skip
+from quark_inductor.lowering import triton  # noqa: F401  isort: skip
+from quark_inductor.lowering import cpp  # noqa: F401  isort: skip

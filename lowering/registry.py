@@ -9,7 +9,7 @@ import torch
 
 from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering import target as targets
-from quark_inductor.lowering._inductor import counters, register_lowering, static_size
+from quark_inductor.lowering._inductor import config, counters, register_lowering, static_size
 from quark_inductor.lowering.base import gemm_problem, select
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.errors import QuarkInductorError
@@ -44,7 +44,10 @@ def _register(fused: Callable[..., Any]) -> None:
 
     def lowering(*args: Any, **kwargs: Any) -> Any:
         bound = dict(signature.bind(*args, **kwargs).arguments)
-        target, problem = targets.current(bound["x"].get_device().type), gemm_problem(op, bound, _shape, _dtype)
+        target, problem = (
+            targets.current(bound["x"].get_device().type),
+            gemm_problem(op, bound, _shape, _dtype, bool(config.emulate_precision_casts)),
+        )
         selection = select(target, problem)
         if selection.provider is None:
             # patterns/selection.py leaves no fused op without a provider, so this is one made by somebody else.

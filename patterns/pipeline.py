@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph
 
 from quark_inductor.lowering import target as targets
-from quark_inductor.lowering.base import provider_names
+from quark_inductor.lowering.base import provider_keys
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
 from quark_inductor.patterns.base import History, Options, PassResult, Refusal, registered_rules
@@ -158,7 +158,7 @@ class _Pass(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> Any:
         """What a cached graph depends on: this package's source, its options, what else is registered, the target."""
-        registered = tuple(rule.name for rule in registered_rules()), provider_names()
+        registered = tuple(rule.name for rule in registered_rules()), provider_keys()
         target = str(targets.current("cuda" if torch.cuda.is_available() else "cpu")), str(targets.current("cpu"))
         return type(self).__name__, source_hash(), torch.__version__, str(self.options), registered, target
 

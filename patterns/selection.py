@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import EMULATION, GemmProblem, gemm_problem, select
+from quark_inductor.patterns._inductor import config
 from quark_inductor.patterns.base import arguments, layer_of, value
 from quark_inductor.schemes.ops import FUSED_OPS, NAMESPACE, dtype_name
 
@@ -49,7 +50,8 @@ def problem_of(node: Node) -> GemmProblem:
     def shape(tensor: Node) -> list[int | None]:
         return [size if isinstance(size, int) else None for size in value(tensor).shape]
 
-    return gemm_problem(op, arguments(node), shape, lambda tensor: dtype_name(value(tensor).dtype))
+    rounds = bool(config.emulate_precision_casts)
+    return gemm_problem(op, arguments(node), shape, lambda tensor: dtype_name(value(tensor).dtype), rounds)
 
 
 def is_fused(node: Node) -> bool:

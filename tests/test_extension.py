@@ -18,7 +18,14 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch.fx import Node
 
 from quark_inductor.lowering import registry as lowering_registry
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider, unregister_provider
+from quark_inductor.lowering.base import (
+    GemmProblem,
+    No,
+    Provider,
+    provider_names,
+    register_provider,
+    unregister_provider,
+)
 from quark_inductor.lowering.target import Target
 from quark_inductor.patterns.base import (
     FLOAT_DTYPES,
@@ -39,6 +46,8 @@ from quark_inductor.schemes.spec import PRESETS, LinearSpec, TensorSpec
 
 SPEC = LinearSpec(weight=TensorSpec(dtype="toy8", qscheme="per_channel"), input=None)
 OP = "toy_int8_gemm"
+# Those that are asked before "cpp".
+GPU = ", ".join(provider_names()[: provider_names().index("cpp")])
 
 
 # --- the scheme
@@ -226,6 +235,7 @@ def test_a_refusal_is_reported() -> None:
     """Everybody's reason, for the layer, in the order they were asked."""
     done = run(quantize_(Two(), "toy"), torch.randn(3, 64))
     reasons = (
+        f"{OP}: {GPU}: for GPUs, the device is cpu",
         f"{OP}: cpp: has no kernel for {OP}; it has prologue_gemm, quantized_gemm, weight_only_gemm",
         f"{OP}: picky: N = 7, it likes only multiples of 1000",
         f"{OP}: toy: K = 96 is more than 64",
@@ -242,7 +252,8 @@ def test_strict_knows_it() -> None:
     with pytest.raises(Exception, match="1 quantized Linears were not fused") as error:
         run(model, torch.randn(3, 64), strict=True)
     assert NotFusedError.__name__ in str(error.value)
-    assert f"large: {OP}: cpp: has no kernel" in str(error.value)
+    assert f"large: {OP}: {GPU}: for GPUs" in str(error.value)
+    assert f"; {OP}: cpp: has no kernel" in str(error.value)
 
 
 def test_it_can_be_asked_for_by_name() -> None:

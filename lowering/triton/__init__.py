@@ -23,7 +23,7 @@ class Triton(Provider):
     def can_run(self, target: Target, problem: GemmProblem) -> No | None:
         """Any M and N; K a multiple of 32; every format that the chip has a dtype for."""
         if target.device_type != "cuda":
-            return No(f"makes GPU kernels, the device is {target.device_type}")
+            return No(f"for GPUs, the device is {target.device_type}")
         if target.arch not in CHIPS:
             return No(f"does not know {target.arch}; it knows {', '.join(CHIPS)}")
         if problem.op not in OPS:

@@ -23,7 +23,6 @@ class Form:
         x_element: of ``"block_scaled"``, the activation's element as Triton calls it.
         weight_element: the weight's.
         unit_scales: the activation has no scales of blocks, but the instruction wants some.
-        rounds: numbers are rounded to the result's dtype before they are multiplied, as the emulation rounds them.
     """
 
     kind: str
@@ -31,37 +30,36 @@ class Form:
     x_element: str = ""
     weight_element: str = ""
     unit_scales: bool = False
-    rounds: bool = False
 
 
-def form_of(chip: Chip, problem: GemmProblem, rounds: bool) -> Form:
+def form_of(chip: Chip, problem: GemmProblem) -> Form:
     """The form in which a chip multiplies the operands of a problem.
 
     Args:
         chip: where it will run.
-        problem: what to compute.
-        rounds: whether operands are rounded as the emulation rounds them, where that changes a number.
+        problem: what to compute. Where it asks for rounded operands, those that are not exact are multiplied as
+            numbers.
     """
     weight_only = problem.op == "weight_only_gemm"
-    if not weight_only and (form := _block_scaled(chip, problem, rounds)) is not None:
+    if not weight_only and (form := _block_scaled(chip, problem)) is not None:
         return form
     # Fewer columns are not to be had for operands of 8 bits.
     columns = math.gcd(problem.k, problem.x_columns, problem.weight_columns)
-    if not weight_only and not rounds and columns % 32 == 0:
+    if not weight_only and not problem.rounds and columns % 32 == 0:
         if _is_fp8(chip, problem):
             return Form(kind="fp8")
         if _is_int8(problem):
             return Form(kind="int8")
-    return Form(kind="float", dot=_dot(problem, rounds), rounds=rounds)
+    return Form(kind="float", dot=_dot(problem))
 
 
-def _block_scaled(chip: Chip, problem: GemmProblem, rounds: bool) -> Form | None:
+def _block_scaled(chip: Chip, problem: GemmProblem) -> Form | None:
     w = BLOCK_FORMATS.get(problem.weight_format)
     if w is None or problem.k % chip.block_scaled_columns:
         return None
     x = BLOCK_FORMATS.get(problem.x_format)
     if w.scale == "e4m3":
-        both = x is not None and x.scale == "e4m3" and chip.nvfp4 and not rounds
+        both = x is not None and x.scale == "e4m3" and chip.nvfp4 and not problem.rounds
         return Form(kind="block_scaled", x_element="e2m1", weight_element="e2m1") if both else None
     if w.scale != "e8m0" or not chip.mx:
         return None
@@ -72,7 +70,7 @@ def _block_scaled(chip: Chip, problem: GemmProblem, rounds: bool) -> Form | None
         x_element = _DOT_ELEMENTS[x.element]
     else:
         # FP8 under a scale of a tensor or a token, which is applied afterwards.
-        if problem.x_format not in ("fp8_e4m3", "fp8_e5m2") or problem.x_columns or rounds:
+        if problem.x_format not in ("fp8_e4m3", "fp8_e5m2") or problem.x_columns or problem.rounds:
             return None
         x_element = _DOT_ELEMENTS[problem.x_format]
     if not chip.mixes_elements and x_element != weight_element:
@@ -103,9 +101,9 @@ def _is_int8(problem: GemmProblem) -> bool:
     return alike and small and not problem.weight_columns and not problem.x_columns
 
 
-def _dot(problem: GemmProblem, rounds: bool) -> str:
+def _dot(problem: GemmProblem) -> str:
     """The dtype in which numbers are multiplied: one that holds them exactly, if what scales them later can do so."""
-    if rounds or problem.op == "weight_only_gemm" or problem.x_columns or problem.weight_columns:
+    if problem.rounds or problem.op == "weight_only_gemm" or problem.x_columns or problem.weight_columns:
         return problem.dtype
     scales = {BLOCK_FORMATS[f].scale for f in (problem.x_format, problem.weight_format) if f in BLOCK_FORMATS}
     # float16 holds all codes, less zero points, but not every power of two.

@@ -182,7 +182,7 @@ def _finish_block(
     if zero:
         scale = f"or_eps({scale})"
     if f.has_global_scale:
-        if form.rounds:
+        if problem.rounds:
             scale = f"{scale} * {source}_global"
         else:
             operand.factors.append(f"{source}_global")
@@ -240,7 +240,7 @@ def _fp8_activation(problem: GemmProblem, form: Form) -> Operand:
         if form.kind == "block_scaled" and form.unit_scales:
             operand.before.append("unit = tl.full((BLOCK_M, BLOCK_K // 32), 127, dtype=tl.uint8)")
             operand.scale = "unit"
-    elif grouped or form.rounds:
+    elif grouped or problem.rounds:
         operand.loop.append("a = (x.to(tl.float32) * x_scale).to(DOT)")
     else:
         operand.loop.append("a = x.to(tl.float32).to(DOT)")
@@ -292,7 +292,7 @@ def _integer_activation(problem: GemmProblem, form: Form, has: frozenset[str]) -
             operand.zero = "a_zero"
         return operand
     value = "x.to(tl.float32) - x_zero" if zero else "x.to(tl.float32)"
-    if grouped or form.rounds:
+    if grouped or problem.rounds:
         operand.loop.append(f"a = (({value}) * x_scale).to(DOT)")
     else:
         operand.loop.append(f"a = ({value}).to(DOT)")
@@ -356,7 +356,7 @@ def _finish_scaled(operand: Operand, problem: GemmProblem, form: Form, value: st
     if native:
         operand.loop.append(f"b = {value}")
         (operand.partial if grouped else operand.factors).append(of_columns)
-    elif grouped or form.rounds:
+    elif grouped or problem.rounds:
         of_rows = "w_scale[:, None]" if per_channel else "w_scale"
         operand.loop.append(f"b = ({value}.to(tl.float32) * {of_rows}).to(DOT)")
     else:
@@ -421,11 +421,11 @@ def _int4_weight(problem: GemmProblem, form: Form, strides: Strides) -> Operand:
     else:
         operand.before.append("w_scale = tl.load(WEIGHT_SCALE + n).to(tl.float32)")
     value = "(w.to(tl.float32) - w_zero[:, None])"
-    if form.rounds and two_stages:
+    if problem.rounds and two_stages:
         operand.before[-1] = "w_scale = tl.load(WEIGHT_SCALE_2 + n).to(tl.float32)"
         operand.before.append("w_outer = tl.load(WEIGHT_SCALE).to(tl.float32)")
         operand.loop.append(f"b = (({value} * w_scale[:, None]) * w_outer).to(DOT)")
-    elif form.rounds:
+    elif problem.rounds:
         operand.loop.append(f"b = ({value} * w_scale[:, None]).to(DOT)")
     else:
         operand.loop.append(f"b = {value}.to(DOT)")

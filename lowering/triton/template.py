@@ -55,7 +55,7 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     strided = ("weight_scale", "weight_zero_point", "weight") if integers else ()
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     strides = _strides(inputs)
-    form = form_of(chip, problem, bool(config.emulate_precision_casts))
+    form = form_of(chip, problem)
     tiles = tiles_for(chip, problem, form, most=bool(config.max_autotune or config.max_autotune_gemm))
     size: list[Any] = [inputs["x"].get_size()[0], problem.n]
     device, dtype = inputs["x"].get_device(), dtype_of(problem.dtype)

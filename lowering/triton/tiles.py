@@ -153,6 +153,15 @@ def _columns(problem: GemmProblem, most: int) -> int:
     return math.gcd(problem.k, problem.x_columns, problem.weight_columns, most)
 
 
+def prologue_tokens(problem: GemmProblem) -> int:
+    """Up to how many tokens a GEMM quantizes its activation itself; with more, the producer does so.
+
+    Every tile along N quantizes its rows again. By a given scale that takes about 5 instructions a number, to blocks of
+    FP4 20; the scale of a row takes a loop over it first. Above this it takes longer than reading the weight does.
+    """
+    return 64 if problem.scale_rule == "given" else 16
+
+
 def refuse(problem: GemmProblem) -> str | None:
     """``None`` if there is a tile whose columns share each scale, else why not."""
     if problem.k % _LEAST_COLUMNS:
@@ -160,6 +169,9 @@ def refuse(problem: GemmProblem) -> str | None:
     for columns, whose in ((problem.x_columns, "activation"), (problem.weight_columns, "weight")):
         if columns % _LEAST_COLUMNS:
             return f"{columns} columns share a scale of the {whose}; expected a multiple of {_LEAST_COLUMNS}"
+    if problem.op == "prologue_gemm" and (problem.m is None or problem.m > prologue_tokens(problem)):
+        known = "not known" if problem.m is None else problem.m
+        return f"quantizes up to {prologue_tokens(problem)} tokens in the GEMM, M is {known}"
     group = problem.group_size
     if group and (group & (group - 1) or group > _MOST_COLUMNS or problem.weight_columns % group):
         return (

@@ -1,10 +1,12 @@
 """Real compiles, of as few graphs as will do: a kernel costs a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from quark_inductor.lowering import registry, target  # noqa: F401
 
@@ -40,3 +42,18 @@ def compiled() -> Callable[..., Any]:
         return torch.compile(fn, backend="quark", fullgraph=True, dynamic=dynamic, options=options)(*args)
 
     return run
+
+
+@pytest.fixture
+def gpu_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What Inductor generates for a function of tensors on a GPU that is not there, see ``tests/fake_gpu.py``."""
+    pytest.importorskip("triton", reason="generates Triton code: pip install triton")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    import fake_gpu
+
+    def generated(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], **options: Any) -> str:
+        graph = make_fx(fn, tracing_mode="fake")(*tensors).graph
+        code: str = fake_gpu.gpu_code(graph, **options)
+        return code
+
+    return generated

@@ -13,6 +13,7 @@ from quark_inductor.lowering.base import (
     Provider,
     forcing,
     gemm_problem,
+    provider_keys,
     provider_names,
     register_provider,
     select,
@@ -22,6 +23,7 @@ from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
 from quark_inductor.schemes.operands import min_capability
 
+PROVIDERS = ("aiter", "scaled_mm", "cpp")
 CPU, GPU = Target(device_type="cpu", arch="x86_64", isa="portable"), Target(device_type="cuda", arch="gfx950")
 
 
@@ -54,9 +56,9 @@ def add() -> Iterator[Callable[..., type[Provider]]]:
 
 
 def test_the_emulation_is_last(add: Callable[..., type[Provider]]) -> None:
-    assert provider_names() == ("cpp", "emulation")
+    assert provider_names() == (*PROVIDERS, "emulation")
     add("another", None)
-    assert provider_names() == ("cpp", "another", "emulation")
+    assert provider_names() == (*PROVIDERS, "another", "emulation")
 
 
 def test_names_are_unique(add: Callable[..., type[Provider]]) -> None:
@@ -72,21 +74,37 @@ def test_the_first_that_can_is_chosen(add: Callable[..., type[Provider]]) -> Non
     add("third", None)
     chosen = select(GPU, problem())
     assert type(chosen.provider) is second
-    assert chosen.refusals == ("cpp: makes CPU kernels, the device is cuda", "first: on strike")
+    assert chosen.refusals[-2:] == ("cpp: makes CPU kernels, the device is cuda", "first: on strike")
 
 
 def test_nobody_can(add: Callable[..., type[Provider]]) -> None:
     add("first", No("on strike"))
     chosen = select(GPU, problem())
     assert chosen.provider is None
-    assert chosen.refusals == ("cpp: makes CPU kernels, the device is cuda", "first: on strike")
+    assert chosen.refusals[-2:] == ("cpp: makes CPU kernels, the device is cuda", "first: on strike")
+
+
+def test_a_reason_that_several_give_stands_once(add: Callable[..., type[Provider]]) -> None:
+    for name, reason in (("first", "on strike"), ("second", "asleep"), ("third", "on strike")):
+        add(name, No(reason))
+    assert select(GPU, problem()).refusals[-2:] == ("first, third: on strike", "second: asleep")
+
+
+def test_what_a_provider_finds_is_in_the_cache_key(
+    add: Callable[..., type[Provider]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add("first", None)
+    before = provider_keys()
+    assert [key[0] for key in before] == [*PROVIDERS, "first"]
+    monkeypatch.setattr(first, "found", lambda self: ("a library",))
+    assert provider_keys() == (*before[:-1], ("first", "a library"))
 
 
 def test_a_forced_provider_is_the_only_one_asked(add: Callable[..., type[Provider]]) -> None:
     second = add("second", None)
     chosen = select(CPU, problem(), "second")
     assert type(chosen.provider) is second
-    assert chosen.refusals == ("cpp: option quark.provider is 'second'",)
+    assert chosen.refusals == (f"{', '.join(PROVIDERS)}: option quark.provider is 'second'",)
     assert select(CPU, problem(), "cpp").provider.name == "cpp"
 
 
@@ -94,14 +112,13 @@ def test_the_emulation_forced(add: Callable[..., type[Provider]]) -> None:
     add("second", None)
     chosen = select(CPU, problem(), EMULATION)
     assert chosen.provider is None
-    assert chosen.refusals == (
-        "cpp: option quark.provider is 'emulation'",
-        "second: option quark.provider is 'emulation'",
-    )
+    assert chosen.refusals == (f"{', '.join(PROVIDERS)}, second: option quark.provider is 'emulation'",)
 
 
 def test_an_unknown_provider() -> None:
-    with pytest.raises(OptionError, match="there is no provider 'cpq'; expected one of cpp, emulation"):
+    with pytest.raises(
+        OptionError, match="there is no provider 'cpq'; expected one of aiter, scaled_mm, cpp, emulation"
+    ):
         select(CPU, problem(), "cpq")
 
 
@@ -167,6 +184,7 @@ def test_the_problem_of_quantized_operands(shape: list[int | None], granularity:
         weight_scale_ndim=2,
         x_format="int8",
         x_granularity=granularity,
+        x_columns=64 // shape[-1] if granularity == "per_group" else 0,
     )
 
 
@@ -225,7 +243,7 @@ LOGARITHM = "takes a logarithm, which two libraries round differently"
 def test_what_cpp_refuses(target: Target, changes: dict[str, Any], reason: str) -> None:
     chosen = select(target, problem(**changes))
     assert chosen.provider is None
-    assert chosen.refusals[0] == f"cpp: {reason}"
+    assert chosen.refusals[-1] == f"cpp: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -255,8 +273,8 @@ def test_the_generic_kernel_is_for_few_tokens() -> None:
     assert select(CPU, problem(**int8, m=127)).provider.name == "cpp"
     chosen = select(CPU, problem(**int8, m=128))
     assert chosen.provider is None
-    assert chosen.refusals == (
-        "cpp: from M = 128 on the generic kernel is slower than the compiled emulation; M is 128",
+    assert chosen.refusals[-1] == (
+        "cpp: from M = 128 on the generic kernel is slower than the compiled emulation; M is 128"
     )
     mxfp4: dict[str, Any] = {"op": "prologue_gemm", "x_format": "mxfp4", "scale_rule": "even", "weight_format": "mxfp4"}
     assert select(CPU, problem(**mxfp4, m=4096)).provider.name == "cpp"

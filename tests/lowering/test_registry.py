@@ -74,7 +74,7 @@ BY_FP8 = {"weight_format": "fp8_e4m3"}
             "weight_only_gemm",
             "x packed packed_scale - packed_zero channel",
             ("uint4",),
-            {"dtype": "bfloat16", "weight_format": "uint4", "weight_scale_ndim": 2},
+            {"dtype": "bfloat16", "weight_format": "uint4", "weight_scale_ndim": 2, "zero_points": True},
         ),
         (
             "quantized_gemm",
@@ -104,7 +104,14 @@ BY_FP8 = {"weight_format": "fp8_e4m3"}
             "quantized_gemm",
             "integers groups - integer weight w_scale - - -",
             ("int8", "mxfp4", "bfloat16"),
-            {"dtype": "bfloat16", "x_format": "int8", "x_granularity": "per_group", **BY_MXFP4},
+            {
+                "dtype": "bfloat16",
+                "x_format": "int8",
+                "x_granularity": "per_group",
+                "x_columns": 16,
+                "zero_points": True,
+                **BY_MXFP4,
+            },
         ),
         (
             "prologue_gemm",
@@ -148,7 +155,7 @@ def test_the_problem_is_described(
     args = [tensors.get(name) for name in names.split()]
     if dynamic:
         torch._dynamo.mark_dynamic(args[0], 0)
-    with pytest.raises(Exception, match=f"quark_inductor::{op} has no kernel on cpu .*: cpp: never") as error:
+    with pytest.raises(Exception, match=f"quark_inductor::{op} has no kernel on cpu .*; cpp: never") as error:
         compiled(lambda *a: getattr(q, op)(*a, *constants), *args)
     assert "Call the scheme's emulation instead" in str(error.value)
     assert asked[-1] == GemmProblem(op=op, m=None if dynamic else m, n=n, k=k, **expected)

@@ -1,0 +1,315 @@
+"""Provider ``aiter``: the Triton GEMMs of AMD's AITER, on gfx942 and gfx950, where that library is installed.
+
+AITER (https://github.com/ROCm/aiter, distributed as ``amd-aiter``) is looked for by its files and imported when a
+kernel first runs; the package ``aiter`` on PyPI is somebody else's. Each GEMM is an op of this package around AITER's
+wrapper: the ops that AITER registers claim to write all that they read, and other wrappers are plain Python.
+
+Beside them :func:`shuffle_weight` and :func:`shuffle_scale`, the layouts in which AITER's preshuffled and assembler
+kernels read a weight, with their inverses. No kernel here takes them yet.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.ops import NAMESPACE, dtype_of, lib
+
+# What runs where. FP4 has no instructions before gfx950; the FP8 of gfx942 is "fnuz".
+ARCHS: Mapping[str, tuple[str, ...]] = {
+    "gemm_afp4wfp4": ("gfx950",),
+    "gemm_a16wfp4": ("gfx950",),
+    "gemm_a8wfp4": ("gfx950",),
+    "gemm_a8w8": ("gfx942", "gfx950"),
+    "gemm_a8w8_blockscale": ("gfx942", "gfx950"),
+}
+FP8: Mapping[str, str] = {"gfx942": "fp8_e4m3fnuz", "gfx950": "fp8_e4m3"}
+# The most tokens that a GEMM quantizes itself: each of its tiles along N does it again. Not measured.
+FEW_TOKENS = 64
+_URL = "https://github.com/ROCm/aiter"
+# Newer first: there the former are aliases.
+_FOLDERS = ("gemm/basic", "")
+
+
+# --- what is installed
+
+
+@functools.cache
+def modules() -> Mapping[str, str] | No:
+    """The module of each GEMM that the installed AITER has, found without importing it; or why there is none."""
+    spec = importlib.util.find_spec("aiter")
+    if spec is None:
+        return No(f"AITER is not installed: see {_URL}")
+    for location in spec.submodule_search_locations or ():
+        root = Path(location, "ops", "triton")
+        if root.is_dir():
+            found = {}
+            for name in ARCHS:
+                folder = next((f for f in _FOLDERS if (root / f / f"{name}.py").is_file()), None)
+                if folder is not None:
+                    found[name] = ".".join(("aiter", "ops", "triton", *folder.split("/"), name)).replace("..", ".")
+            return found
+    return No(f"the package aiter that is installed is not AMD's: see {_URL}")
+
+
+def _function(name: str) -> Callable[..., Any]:
+    found = modules()
+    reason = found.reason if isinstance(found, No) else f"the AITER that is installed has no {name}: see {_URL}"
+    if isinstance(found, No) or name not in found:
+        raise QuarkInductorError(f"quark_inductor::aiter_{name} runs a function of AITER's; {reason}")
+    function: Callable[..., Any] = getattr(importlib.import_module(found[name]), name)
+    return function
+
+
+# --- the ops
+
+
+def gemm_afp4wfp4(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: str) -> Tensor:
+    """MXFP4 by MXFP4: ``[M, N]`` in ``out_dtype``, bfloat16 or float16, of sums in float32.
+
+    Args:
+        x: uint8 ``[M, K / 2]``, element 2i low.
+        x_scale: E8M0 in uint8 ``[M, K / 32]``.
+        weight: uint8 ``[N, K / 2]``.
+        weight_scale: uint8 ``[N, K / 32]``.
+        out_dtype: dtype of the result.
+    """
+    y: Tensor = _function("gemm_afp4wfp4")(x, weight, x_scale, weight_scale, dtype=dtype_of(out_dtype))
+    return y
+
+
+def gemm_a16wfp4(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """:func:`gemm_afp4wfp4` of an ``x [M, K]`` in bfloat16 or float16, quantized by rule "even" inside.
+
+    The result has its dtype. Scales and codes are those of :func:`.numerics.block.quantize`, but that the maximum of a
+    block ignores NaN.
+    """
+    y: Tensor = _function("gemm_a16wfp4")(x, weight, weight_scale, dtype=x.dtype)
+    return y
+
+
+def gemm_a8wfp4(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: str) -> Tensor:
+    """FP8 by MXFP4: ``[M, N]``.
+
+    Args:
+        x: float8_e4m3fn ``[M, K]``.
+        x_scale: float32 ``[M, 1]``.
+        weight: uint8 ``[N, K / 2]``.
+        weight_scale: uint8 ``[N, K / 32]``.
+        out_dtype: dtype of the result, bfloat16 or float16.
+    """
+    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
+    # It writes y, which has no default, and returns None.
+    _function("gemm_a8wfp4")(x, weight, y, x_scale, weight_scale, dtype=y.dtype)
+    return y
+
+
+def gemm_a8w8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: str
+) -> Tensor:
+    """8 bits by 8 bits: ``[M, N]``.
+
+    Args:
+        x: int8, or the FP8 of the architecture, ``[M, K]``.
+        x_scale: float32 ``[M, 1]``.
+        weight: in the dtype of ``x``, ``[N, K]``.
+        weight_scale: float32 ``[1, N]``.
+        bias: ``[N]`` in ``out_dtype``, to which the sum is rounded before.
+        out_dtype: dtype of the result, bfloat16 or float16.
+    """
+    y: Tensor = _function("gemm_a8w8")(x, weight, x_scale, weight_scale, bias=bias, dtype=dtype_of(out_dtype))
+    return y
+
+
+def gemm_a8w8_blockscale(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: str) -> Tensor:
+    """FP8 by FP8 with scales of 1x128 and 128x128 blocks: ``[M, N]``.
+
+    Args:
+        x: the FP8 of the architecture, ``[M, K]``.
+        x_scale: float32 ``[M, K / 128]``.
+        weight: in the dtype of ``x``, ``[N, K]``.
+        weight_scale: float32 ``[ceil(N / 128), K / 128]``.
+        out_dtype: dtype of the result, bfloat16 or float16.
+    """
+    y: Tensor = _function("gemm_a8w8_blockscale")(x, weight, x_scale, weight_scale, dtype=dtype_of(out_dtype))
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
+
+
+def _register(eager: Callable[..., Tensor], arguments: str, fake: Callable[..., Tensor]) -> None:
+    name = f"aiter_{eager.__name__}"
+    lib.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+
+
+_OPERANDS = "Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale"
+for _gemm in (gemm_afp4wfp4, gemm_a8wfp4, gemm_a8w8_blockscale):
+    _register(
+        _gemm,
+        f"{_OPERANDS}, str out_dtype",
+        lambda x, x_scale, weight, weight_scale, out_dtype: _fake(x, weight, out_dtype),
+    )
+_register(
+    gemm_a8w8,
+    f"{_OPERANDS}, Tensor? bias, str out_dtype",
+    lambda x, x_scale, weight, weight_scale, bias, out_dtype: _fake(x, weight, out_dtype),
+)
+_register(
+    gemm_a16wfp4,
+    "Tensor x, Tensor weight, Tensor weight_scale",
+    lambda x, weight, weight_scale: x.new_empty((x.shape[0], weight.shape[0])),
+)
+
+
+# --- the provider
+
+
+@register_provider
+class Aiter(Provider):
+    """See the module."""
+
+    name = "aiter"
+
+    def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+        """What :data:`ARCHS` says, if the installed AITER has it; results in bfloat16 and float16."""
+        if target.device_type != "cuda":
+            return No(f"for GPUs, the device is {target.device_type}")
+        if target.arch not in FP8:
+            return No(f"runs on {', '.join(FP8)}, the device is {target.arch}")
+        gemm = gemm_for(target, problem)
+        if isinstance(gemm, No):
+            return gemm
+        if target.arch not in ARCHS[gemm]:
+            return No(f"{gemm} runs on {', '.join(ARCHS[gemm])}, the device is {target.arch}")
+        found = modules()
+        if isinstance(found, No):
+            return found
+        return None if gemm in found else No(f"the AITER that is installed has no {gemm}")
+
+    def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
+        """See :class:`Provider`."""
+        from quark_inductor.lowering._inductor import called, contiguous, lowered, to_dtype
+
+        gemm = gemm_for(target, problem)
+        assert isinstance(gemm, str)
+        aten, op = torch.ops.aten, getattr(torch.ops.quark_inductor, f"aiter_{gemm}").default
+
+        def in_float32(name: str, shape: list[Any]) -> Any:
+            scale = to_dtype(args[name], torch.float32)
+            return scale if len(scale.get_size()) == 2 else lowered(aten.expand.default, scale, shape)
+
+        x, x_scale, weight, weight_scale, bias = (
+            args[name] for name in ("x", "x_scale", "weight", "weight_scale", "bias")
+        )
+        if problem.x_format != "mxfp4":
+            x_scale = in_float32("x_scale", [x.get_size()[0], 1])
+        if problem.weight_format != "mxfp4":
+            weight_scale = in_float32("weight_scale", [1, problem.n])
+        if gemm == "gemm_a16wfp4":
+            y = called(op, *map(contiguous, (x, weight, weight_scale)))
+        else:
+            operands = map(contiguous, (x, x_scale, weight, weight_scale))
+            if gemm == "gemm_a8w8":
+                return called(op, *operands, None if bias is None else contiguous(bias), problem.dtype)
+            y = called(op, *operands, problem.dtype)
+        return y if bias is None else lowered(aten.add.Tensor, y, bias)
+
+    def found(self) -> tuple[str, ...]:
+        """The functions that there are."""
+        return () if isinstance(found := modules(), No) else tuple(found)
+
+
+def gemm_for(target: Target, problem: GemmProblem) -> str | No:
+    """The name of AITER's function for a problem on an architecture of :data:`FP8`, or why it has none."""
+    if problem.layout or problem.experts:
+        return No(f"has no kernel for {f'the layout {problem.layout}' if problem.layout else 'experts'}")
+    if problem.dtype not in ("bfloat16", "float16"):
+        return No(f"the result's dtype is {problem.dtype}; it makes bfloat16, float16")
+    if problem.zero_points:
+        return No("has no kernel for zero points, whose values are not known when compiling")
+    x, weight, fp8 = problem.x_format, problem.weight_format, FP8[target.arch]
+    if problem.op == "prologue_gemm" and (x, problem.scale_rule, weight) == ("mxfp4", "even", "mxfp4"):
+        if problem.m is None or problem.m > FEW_TOKENS:
+            known = "not known" if problem.m is None else problem.m
+            return No(f"quantizes up to {FEW_TOKENS} tokens in the GEMM, M is {known}")
+        return "gemm_a16wfp4"
+    if problem.op == "quantized_gemm":
+        if "fp8_e4m3" in x and x != fp8:
+            return No(f"{target.arch} multiplies {fp8}, the activation is {x}")
+        rows = problem.x_granularity != "per_group"
+        if weight == "mxfp4" and (x == "mxfp4" or (x == fp8 and rows)):
+            return "gemm_afp4wfp4" if x == "mxfp4" else "gemm_a8wfp4"
+        if problem.rounds:
+            return No("does not round operands, as emulate_precision_casts asks for")
+        if x == weight and x in (fp8, "int8") and rows and problem.weight_scale_ndim < 2:
+            return "gemm_a8w8"
+        if weight == f"{fp8}_128x128" and x == fp8 and problem.k % _BLOCK == 0:
+            # [M, 1] is also the shape of the scales of one block a row.
+            group = problem.x_columns or (problem.k if problem.x_granularity == "per_token" else 0)
+            return "gemm_a8w8_blockscale" if group == _BLOCK else No(f"scales {_BLOCK} elements of a row at a time")
+    return No(f"has no kernel for {problem}")
+
+
+_BLOCK = 128
+
+
+# --- layouts
+
+
+def shuffle_weight(weight: Tensor) -> Tensor:
+    """A weight's bytes as AITER's preshuffled kernels read them: tiles of 16 rows by 32 bytes, in halves of 16 bytes.
+
+    Args:
+        weight: 8-bit ``[N, bytes]``, N a multiple of 16, bytes one of 32; FP4 has two elements a byte.
+
+    Returns:
+        The same shape and dtype. Source: AITER, ``aiter/ops/shuffle.py: shuffle_weight`` with the layout (16, 16).
+
+    Raises:
+        ValueError: the shape is not one of whole tiles.
+    """
+    n, k = weight.shape
+    if n % 16 or k % 32:
+        raise ValueError(f"a weight of {n} x {k} bytes is not made of tiles of 16 x 32")
+    return weight.view(n // 16, 16, k // 32, 2, 16).permute(0, 2, 3, 1, 4).reshape(n, k)
+
+
+def unshuffle_weight(shuffled: Tensor) -> Tensor:
+    """The inverse of :func:`shuffle_weight`."""
+    n, k = shuffled.shape
+    return shuffled.view(n // 16, k // 32, 2, 16, 16).permute(0, 3, 1, 2, 4).reshape(n, k)
+
+
+def shuffle_scale(scale: Tensor) -> Tensor:
+    """E8M0 scales as AITER's preshuffled kernels read them: tiles of 32 rows by 8 blocks.
+
+    Args:
+        scale: uint8 ``[rows, blocks]``.
+
+    Returns:
+        uint8, both padded with 0 (that is 2^-127), to multiples of 256 and 8. Source: AITER,
+        ``aiter/utility/fp4_utils.py: e8m0_shuffle``.
+    """
+    rows, blocks = scale.shape
+    padded = torch.nn.functional.pad(scale, (0, -blocks % 8, 0, -rows % 256))
+    rows, blocks = padded.shape
+    return padded.view(rows // 32, 2, 16, blocks // 8, 2, 4).permute(0, 3, 5, 2, 4, 1).reshape(rows, blocks)
+
+
+def unshuffle_scale(shuffled: Tensor, rows: int, blocks: int) -> Tensor:
+    """The inverse of :func:`shuffle_scale`, of as many rows and blocks as there were."""
+    all_rows, all_blocks = shuffled.shape
+    tiles = shuffled.view(all_rows // 32, all_blocks // 8, 4, 16, 2, 2)
+    return tiles.permute(0, 5, 3, 1, 4, 2).reshape(all_rows, all_blocks)[:rows, :blocks]

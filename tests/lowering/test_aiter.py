@@ -1,0 +1,377 @@
+"""AITER without AITER: a package of its name, with its signatures, stands in (``fake_aiter.py``)."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from quark_inductor.lowering import aiter, registry, target
+from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, Aiter
+from quark_inductor.lowering.base import GemmProblem, No, provider_keys
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.errors import QuarkInductorError
+
+Q = torch.ops.quark_inductor
+FP8 = torch.float8_e4m3fn
+GFX942, GFX950 = (Target(device_type="cuda", arch=arch) for arch in ("gfx942", "gfx950"))
+M, N, K = 9, 48, 256
+URL = "see https://github.com/ROCm/aiter"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs a package ``aiter`` of these files, by path; a file is what it says, or the GEMM of its name."""
+
+    def forget() -> None:
+        aiter.modules.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "aiter"]:
+            del sys.modules[name]
+
+    def install(*gemms: str, folder: str = "gemm/basic", init: str = "") -> None:
+        root = tmp_path / "aiter"
+        (root / "ops/triton" / folder).mkdir(parents=True)
+        (root / "__init__.py").write_text(init)
+        shutil.copy(Path(__file__).with_name("fake_aiter.py"), root / "ops/triton/fake_aiter.py")
+        for name in gemms:
+            line = f"from aiter.ops.triton.fake_aiter import {name}\n"
+            (root / "ops/triton" / folder / f"{name}.py").write_text(line)
+        forget()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield install
+    forget()
+
+
+@pytest.fixture
+def installed(package: Callable[..., None]) -> None:
+    """All of it."""
+    package(*ARCHS)
+
+
+def problem(**changes: Any) -> GemmProblem:
+    both = {"x_format": "mxfp4", "weight_format": "mxfp4", "weight_scale_ndim": 2, "x_granularity": "per_group"}
+    return GemmProblem(**{"op": "quantized_gemm", "m": M, "n": N, "k": K, "dtype": "bfloat16", **both, **changes})
+
+
+# --- what is installed
+
+
+def answer(on: Target = GFX950, **changes: Any) -> str | None:
+    found = Aiter().can_run(on, problem(**changes))
+    return found and found.reason
+
+
+def test_not_installed(package: Callable[..., None]) -> None:
+    assert answer() == f"AITER is not installed: {URL}"
+    assert Aiter().found() == ()
+    with pytest.raises(QuarkInductorError, match="runs a function of AITER's; AITER is not installed: see https"):
+        Q.aiter_gemm_a16wfp4(torch.zeros(1, 32), torch.zeros(1, 16), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["a module", "a package"])
+def test_somebody_elses(tmp_path: Path, package: Callable[..., None], kind: str) -> None:
+    """PyPI's: a library for asynchronous iterators."""
+    if kind == "a package":
+        (tmp_path / "aiter").mkdir()
+        (tmp_path / "aiter/__init__.py").touch()
+    else:
+        (tmp_path / "aiter.py").touch()
+    assert answer() == f"the package aiter that is installed is not AMD's: {URL}"
+
+
+@pytest.mark.parametrize("triton_only", ["", "1"])
+@pytest.mark.parametrize("folder", ["gemm/basic", ""], ids=["new", "old"])
+def test_it_is_found_and_not_imported(
+    package: Callable[..., None], monkeypatch: pytest.MonkeyPatch, folder: str, triton_only: str
+) -> None:
+    """Importing it fails where there is no ROCm, unless it is told to be Triton only; both have these kernels."""
+    monkeypatch.setenv("AITER_TRITON_ONLY", triton_only)
+    package("gemm_afp4wfp4", folder=folder, init="raise RuntimeError('ROCm version file not found')")
+    assert answer() is None
+    assert "aiter" not in sys.modules
+    found = aiter.modules()
+    assert not isinstance(found, No)
+    assert found == {"gemm_afp4wfp4": f"aiter.ops.triton{'.gemm.basic' if folder else ''}.gemm_afp4wfp4"}
+
+
+def test_an_older_one(package: Callable[..., None]) -> None:
+    package("gemm_afp4wfp4", folder="")
+    prologue = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
+    assert answer(**prologue) == "the AITER that is installed has no gemm_a16wfp4"
+    with pytest.raises(QuarkInductorError, match="the AITER that is installed has no gemm_a16wfp4"):
+        Q.aiter_gemm_a16wfp4(torch.zeros(1, 32), torch.zeros(1, 16), torch.zeros(1, 1))
+
+
+def test_the_cache_key_has_it(package: Callable[..., None]) -> None:
+    """Code that calls it must not be taken from a cache where it is not."""
+    before = provider_keys()
+    package(*ARCHS)
+    assert before[0] == ("aiter",)
+    assert provider_keys() == (("aiter", *ARCHS), *before[1:])
+
+
+# --- who may
+
+
+BY_ROWS = {"x_granularity": "per_token", "weight_scale_ndim": 1}
+IN_FP8 = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3", **BY_ROWS}
+IN_FNUZ = {"x_format": "fp8_e4m3fnuz", "weight_format": "fp8_e4m3fnuz", **BY_ROWS}
+BLOCKS = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3_128x128", "x_columns": 128}
+INT8 = {"x_format": "int8", "weight_format": "int8", **BY_ROWS}
+PROLOGUE = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("on", "changes"),
+    [
+        (GFX950, {}),
+        (GFX950, {"dtype": "float16", "m": None}),
+        (GFX950, PROLOGUE),
+        (GFX950, {"x_format": "fp8_e4m3", "x_granularity": "per_tensor"}),
+        (GFX950, {"x_format": "fp8_e4m3", "x_granularity": "per_token"}),
+        (GFX950, IN_FP8),
+        (GFX942, IN_FNUZ),
+        (GFX950, BLOCKS),
+        (GFX950, {**BLOCKS, "k": 128, "x_granularity": "per_token", "x_columns": 0}),
+        (GFX942, INT8),
+        (GFX950, INT8),
+    ],
+    ids=str,
+)
+def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
+    assert answer(on, **changes) is None
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("on", "changes", "reason"),
+    [
+        (Target(device_type="cpu", arch="x86_64"), {}, "for GPUs, the device is cpu"),
+        (Target(device_type="cuda", arch="sm_90"), {}, "runs on gfx942, gfx950, the device is sm_90"),
+        (GFX942, {}, "gemm_afp4wfp4 runs on gfx950, the device is gfx942"),
+        (GFX942, PROLOGUE, "gemm_a16wfp4 runs on gfx950, the device is gfx942"),
+        (GFX942, IN_FP8, "gfx942 multiplies fp8_e4m3fnuz, the activation is fp8_e4m3"),
+        (GFX950, IN_FNUZ, "gfx950 multiplies fp8_e4m3, the activation is fp8_e4m3fnuz"),
+        (GFX950, {"layout": "panel64"}, "has no kernel for the layout panel64"),
+        (GFX950, {"experts": 8}, "has no kernel for experts"),
+        (GFX950, {"dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
+        (GFX950, {**PROLOGUE, "m": None}, "quantizes up to 64 tokens in the GEMM, M is not known"),
+        (GFX950, {**PROLOGUE, "m": FEW_TOKENS + 1}, "quantizes up to 64 tokens in the GEMM, M is 65"),
+        (GFX950, {**PROLOGUE, "scale_rule": "floor"}, "has no kernel for prologue_gemm of mxfp4 floor and mxfp4"),
+        (
+            GFX950,
+            {"op": "weight_only_gemm", "x_format": ""},
+            "has no kernel for weight_only_gemm of bfloat16 and mxfp4",
+        ),
+        (
+            GFX950,
+            {"x_format": "fp8_e4m3", "x_columns": 128},
+            "has no kernel for quantized_gemm of fp8_e4m3 and mxfp4",
+        ),
+        (GFX950, {"weight_format": "nvfp4"}, "has no kernel for quantized_gemm of mxfp4 and nvfp4"),
+        (GFX950, {**BLOCKS, "x_columns": 64}, "scales 128 elements of a row at a time"),
+        (GFX950, {**BLOCKS, "x_columns": 0, "x_granularity": "per_token"}, "scales 128 elements of a row at a time"),
+        (GFX950, {**BLOCKS, "k": 192}, "has no kernel for quantized_gemm of fp8_e4m3 and fp8_e4m3_128x128"),
+        (
+            GFX950,
+            {**INT8, "zero_points": True},
+            "has no kernel for zero points, whose values are not known when compiling",
+        ),
+        (GFX950, {**INT8, "weight_scale_ndim": 2}, "has no kernel for quantized_gemm of int8 and int8"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(on: Target, changes: dict[str, Any], reason: str) -> None:
+    assert answer(on, **changes) == reason
+
+
+# --- numbers
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    if dtype is FP8:
+        return torch.randn(*shape).mul(4).to(FP8)
+    low, high = (0, 256) if dtype is torch.uint8 else (-127, 128)
+    return torch.randint(low, high, shape, dtype=dtype)
+
+
+def scales(*shape: int) -> Tensor:
+    return torch.randint(122, 130, shape, dtype=torch.uint8)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.rand(shape) + 0.25
+
+
+def case(gemm: str, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> tuple[str, list[Any]]:
+    """The fused op and arguments that a GEMM of AITER's computes."""
+    torch.manual_seed(0)
+    name = str(dtype).removeprefix("torch.")
+    added = torch.randn(N).to(dtype) if bias else None
+    weight = codes(N, K // 2), scales(N, K // 32), None, None, added
+    if gemm == "gemm_a16wfp4":
+        x = torch.randn(M, K).to(dtype)
+        return "prologue_gemm", [x, None, None, None, *weight, "mxfp4", "even", 0, "mxfp4"]
+    if gemm == "gemm_afp4wfp4":
+        return "quantized_gemm", [codes(M, K // 2), scales(M, K // 32), None, None, *weight, "mxfp4", "mxfp4", name]
+    if gemm.startswith("gemm_a8wfp4"):
+        x_scale = rand() if gemm.endswith("tensor") else rand(M, 1)
+        return "quantized_gemm", [codes(M, K, dtype=FP8), x_scale, None, None, *weight, "fp8_e4m3", "mxfp4", name]
+    of = torch.int8 if gemm.endswith("int8") else FP8
+    x, w, format = codes(M, K, dtype=of), codes(N, K, dtype=of), "int8" if of is torch.int8 else "fp8_e4m3"
+    if gemm == "gemm_a8w8_blockscale":
+        x_scale, w_scale = rand(M, K // 128), rand(1, K // 128)
+        return "quantized_gemm", [
+            x,
+            x_scale,
+            None,
+            None,
+            w,
+            w_scale,
+            None,
+            None,
+            added,
+            format,
+            f"{format}_128x128",
+            name,
+        ]
+    x_scale, w_scale = (rand(), rand()) if gemm.endswith("tensor") else (rand(M, 1), rand(N))
+    return "quantized_gemm", [x, x_scale, None, None, w, w_scale, None, None, added, format, format, name]
+
+
+CASES = [
+    "gemm_afp4wfp4",
+    "gemm_a16wfp4",
+    "gemm_a8wfp4",
+    "gemm_a8wfp4 tensor",
+    "gemm_a8w8",
+    "gemm_a8w8 tensor",
+    "gemm_a8w8 int8",
+    "gemm_a8w8_blockscale",
+]
+
+
+@pytest.fixture
+def mi350(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device says that it is an MI350, whatever it is."""
+    for module in (target, registry):
+        monkeypatch.setattr(module, "current", lambda device_type="cpu": GFX950)
+
+
+def close(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within what dequantizing both operands to the dtype may change, and the sums' roundings to it.
+
+    The emulation's values are rounded to the dtype, half an epsilon each, which products of K random signs add up to
+    a small part of their largest.
+    """
+    assert y.dtype is expected.dtype is dtype
+    torch.testing.assert_close(y, expected, rtol=0, atol=4 * torch.finfo(dtype).eps * expected.abs().max().item())
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gemm", CASES)
+def test_numbers(compiled: Callable[..., Any], gemm: str, dtype: torch.dtype, bias: bool) -> None:
+    """Through the lowering: scales in the shapes and dtypes AITER wants, and the bias."""
+    op, args = case(gemm, dtype, bias)
+    fused = getattr(Q, op)
+    expected = fused(*args)
+    y = compiled(lambda: fused(*args))
+    assert counters["inductor"][f"quark.{op}.aiter"] == 1
+    close(y, expected, dtype)
+    assert expected.abs().mean() > 1
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+def test_tokens_not_known_before_run_time(compiled: Callable[..., Any]) -> None:
+    op, (x, *rest) = case("gemm_a8wfp4 tensor")
+    torch._dynamo.mark_dynamic(x, 0)
+    close(compiled(lambda: getattr(Q, op)(x, *rest)), getattr(Q, op)(x, *rest), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("gemm", ARCHS)
+def test_the_ops_are_ops(gemm: str) -> None:
+    """Schema, fake, and a trace with symbolic sizes; they compute what AITER's functions do."""
+    op, args = case(gemm)
+    tensors = [args[0], args[1], args[4], args[5]]
+    if gemm == "gemm_a16wfp4":
+        tensors.pop(1)
+        rest: list[Any] = []
+    else:
+        rest = [None, "bfloat16"] if gemm == "gemm_a8w8" else ["bfloat16"]
+        if gemm == "gemm_a8w8":
+            tensors[3] = tensors[3].unsqueeze(0)
+    own = getattr(Q, f"aiter_{gemm}").default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # The first compares tensors in a way that torch has not for FP8.
+    checks = checks[1:] if FP8 in {tensor.dtype for tensor in tensors} else checks
+    torch.library.opcheck(own, (*tensors, *rest), test_utils=checks)
+    close(own(*tensors, *rest), getattr(Q, op)(*args), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("gemm", CASES)
+def test_the_code_for_a_gpu(gpu_code: Callable[..., str], gemm: str, bias: bool) -> None:
+    """A call, and kernels only for a scale that is repeated and a bias that AITER does not add."""
+    op, args = case(gemm, bias=bias)
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def run(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return getattr(Q, op)(*(next(given) if i in at else a for i, a in enumerate(args)))
+
+    code = gpu_code(run, [args[i] for i in at])
+    name, _, tensor = gemm.partition(" ")
+    assert code.count(f"torch.ops.quark_inductor.aiter_{name}.default(") == 1
+    repeated = 0 if tensor != "tensor" else 2 if name == "gemm_a8w8" else 1
+    assert code.count("async_compile.triton(") == repeated + (bias and name != "gemm_a8w8")
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (48, 96), (256, 128)])
+def test_shuffled_weights(shape: tuple[int, int]) -> None:
+    """A tile of 16 rows and 32 bytes: the first 16 bytes of each row, then the others."""
+    weight = codes(*shape)
+    shuffled = aiter.shuffle_weight(weight)
+    assert shuffled.shape == weight.shape
+    first = shuffled.flatten()[:512].view(2, 16, 16)
+    assert torch.equal(first[0], weight[:16, :16])
+    assert torch.equal(first[1], weight[:16, 16:32])
+    if shape[1] > 32:
+        assert torch.equal(shuffled.flatten()[512:768].view(16, 16), weight[:16, 32:48])
+    assert torch.equal(aiter.unshuffle_weight(shuffled), weight)
+
+
+@pytest.mark.parametrize("shape", [(17, 32), (16, 48)])
+def test_weights_that_cannot_be_shuffled(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"a weight of {shape[0]} x {shape[1]} bytes is not made of tiles of 16 x 32"):
+        aiter.shuffle_weight(codes(*shape))
+
+
+@pytest.mark.parametrize("shape", [(256, 8), (512, 24), (48, 5), (1, 1)])
+def test_shuffled_scales(shape: tuple[int, int]) -> None:
+    """In a tile of 32 rows and 8 blocks four bytes are rows r and r + 16 of blocks b and b + 4."""
+    scale = scales(*shape)
+    shuffled = aiter.shuffle_scale(scale)
+    assert shuffled.shape == (-(-shape[0] // 256) * 256, -(-shape[1] // 8) * 8)
+    tile = torch.zeros(32, 8, dtype=torch.uint8)
+    rows, blocks = min(32, shape[0]), min(8, shape[1])
+    tile[:rows, :blocks] = scale[:rows, :blocks]
+    first = shuffled.flatten()[:256].view(4, 16, 4)
+    for b in range(4):
+        for r in range(16):
+            assert first[b, r].tolist() == [tile[r + 16 * i, b + 4 * j].item() for j in (0, 1) for i in (0, 1)]
+    assert torch.equal(aiter.unshuffle_scale(shuffled, *shape), scale)

@@ -7,7 +7,8 @@ process of its own.
 What the interpreter of Triton 3.6 to 3.9 gets wrong, and ``correct()`` puts right:
 
 - Casts of floats: most to FP8 and BF16 are truncated or worse. Here every cast is rounded once, half to even. Beyond
-  the largest number E4M3FN becomes NaN, where a GPU may saturate: a kernel that forgets to clamp is found. NaN stays NaN.
+  the largest number E4M3FN becomes NaN, where a GPU may saturate: a kernel that forgets to clamp is found. NaN stays
+  NaN.
 - BF16 and FP8 hold bits, which arithmetic, comparisons, reductions, ``tl.dot`` and ``tl.full`` take for integers.
 - ``tl.dot_scaled``: missing up to 3.7, and without E4M3 scales since.
 - ``tl.fma`` rounds twice; ``tl.minimum``, ``tl.maximum`` and ``tl.clamp`` return NaN, where a GPU returns the number,

@@ -26,6 +26,7 @@ float32, ``tl.dot`` rounds a tile's sum once, the counter of ``range`` is a Pyth
 uint8 that it shifts), ``a = b = x`` and inline assembly are errors, and no limit of a GPU's is checked.
 """
 
+import ast
 import functools
 import importlib.util
 import inspect
@@ -95,7 +96,7 @@ LIBDEVICE: dict[str, Callable[..., torch.Tensor]] = {
 def decoded(handle: TensorHandle) -> np.ndarray:
     """The numbers of a tensor: bits as float32, everything else as it is."""
     dtype = handle.dtype.scalar
-    if dtype not in BITS or handle.data.dtype == np.bool_:
+    if dtype not in BITS:
         return handle.data
     return torch.from_numpy(np.array(handle.data)).view(FLOATS[dtype]).float().numpy()
 
@@ -448,12 +449,24 @@ def correct() -> None:
         setattr(libdevice, name, library(name))
 
 
+def without_launcher(source: str) -> str:
+    """The source without what needs a GPU in a module of Inductor's: the driver, and what chooses a configuration."""
+    if "triton_heuristics" not in source:
+        return source
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if "set_driver_to_gpu" not in ast.unparse(node)]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list = [d for d in node.decorator_list if "triton_heuristics" not in ast.unparse(d)]
+    return ast.unparse(tree)
+
+
 @functools.cache
 def module(source: str) -> ModuleType:
     """The module of this source. Triton reads it again, from the file, when a kernel first runs."""
     handle, path = tempfile.mkstemp(prefix="interpreted_", suffix=".py")
     with os.fdopen(handle, "w") as file:
-        file.write(source)
+        file.write(without_launcher(source))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -481,7 +494,7 @@ def run(source: str, name: str, arguments: Mapping[str, Any], grid: tuple[int, .
     """Run a kernel on CPU tensors, which it changes.
 
     Args:
-        source: of a module.
+        source: of a module, which may be one that Inductor generates.
         name: of the kernel in it.
         arguments: by name: tensors, numbers and constexprs.
         grid: of one to three dimensions.
@@ -491,8 +504,6 @@ def run(source: str, name: str, arguments: Mapping[str, Any], grid: tuple[int, .
         if tensor.dtype not in INTEGERS.union(FLOATS.values()):
             raise TypeError(f"Triton has no {tensor.dtype}: give a kernel its bytes, tensor.view(torch.uint8)")
     kernel = getattr(module(source), name)
-    while not isinstance(kernel, stock.InterpretedFunction):  # in a decorator of Inductor's
-        kernel = kernel.fn
     if unknown := arguments.keys() - set(kernel.arg_names):
         raise TypeError(f"{name} has no argument {', '.join(sorted(unknown))}")  # the interpreter would drop it
     with bounded(tensors), np.errstate(all="ignore"):

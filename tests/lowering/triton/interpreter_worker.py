@@ -57,7 +57,7 @@ class Interpreter:
         grid: tuple[int, ...],
         timeout: float = 300,
     ) -> dict[str, Tensor]:
-        """Run a kernel on copies of its arguments.
+        """Run a kernel on copies of its arguments, which share memory where those do.
 
         Args:
             source: of a module.

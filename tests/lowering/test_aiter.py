@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from quark_inductor.lowering import aiter, registry, target
+from quark_inductor.lowering import aiter, target
 from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, Aiter
 from quark_inductor.lowering.base import GemmProblem, No, provider_keys
 from quark_inductor.lowering.target import Target
@@ -262,8 +262,7 @@ CASES = [
 @pytest.fixture
 def mi350(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device says that it is an MI350, whatever it is."""
-    for module in (target, registry):
-        monkeypatch.setattr(module, "current", lambda device_type="cpu": GFX950)
+    monkeypatch.setattr(target, "current", lambda device_type="cpu": GFX950)
 
 
 def close(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

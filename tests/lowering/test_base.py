@@ -23,7 +23,7 @@ from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
 from quark_inductor.schemes.operands import min_capability
 
-PROVIDERS = ("aiter", "scaled_mm", "cpp")
+PROVIDERS = ("aiter", "scaled_mm", "triton", "cpp")
 CPU, GPU = Target(device_type="cpu", arch="x86_64", isa="portable"), Target(device_type="cuda", arch="gfx950")
 
 
@@ -117,7 +117,7 @@ def test_the_emulation_forced(add: Callable[..., type[Provider]]) -> None:
 
 def test_an_unknown_provider() -> None:
     with pytest.raises(
-        OptionError, match="there is no provider 'cpq'; expected one of aiter, scaled_mm, cpp, emulation"
+        OptionError, match="there is no provider 'cpq'; expected one of aiter, scaled_mm, triton, cpp, emulation"
     ):
         select(CPU, problem(), "cpq")
 
@@ -182,6 +182,7 @@ def test_the_problem_of_quantized_operands(shape: list[int | None], granularity:
         dtype="bfloat16",
         weight_format="int4",
         weight_scale_ndim=2,
+        weight_columns=16,
         x_format="int8",
         x_granularity=granularity,
         x_columns=64 // shape[-1] if granularity == "per_group" else 0,
@@ -210,6 +211,7 @@ def test_the_problem_of_a_prologue() -> None:
         x_format="fp8_e4m3",
         scale_rule="amax",
         group_size=16,
+        x_columns=16,
     )
 
 

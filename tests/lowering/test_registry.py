@@ -74,7 +74,13 @@ BY_FP8 = {"weight_format": "fp8_e4m3"}
             "weight_only_gemm",
             "x packed packed_scale - packed_zero channel",
             ("uint4",),
-            {"dtype": "bfloat16", "weight_format": "uint4", "weight_scale_ndim": 2, "zero_points": True},
+            {
+                "dtype": "bfloat16",
+                "weight_format": "uint4",
+                "weight_scale_ndim": 2,
+                "weight_columns": 32,
+                "zero_points": True,
+            },
         ),
         (
             "quantized_gemm",
@@ -123,7 +129,14 @@ BY_FP8 = {"weight_format": "fp8_e4m3"}
             "prologue_gemm",
             "x - - - fp8_weight one - - -",
             ("fp8_e4m3", "amax", 16, "fp8_e4m3"),
-            {"dtype": "bfloat16", "x_format": "fp8_e4m3", "scale_rule": "amax", "group_size": 16, **BY_FP8},
+            {
+                "dtype": "bfloat16",
+                "x_format": "fp8_e4m3",
+                "scale_rule": "amax",
+                "group_size": 16,
+                "x_columns": 16,
+                **BY_FP8,
+            },
         ),
         (
             "prologue_gemm",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from quark_inductor.lowering import registry, target
+from quark_inductor.lowering import target
 from quark_inductor.lowering.base import GemmProblem, select
 from quark_inductor.lowering.scaled_mm import FEW_TOKENS, ScaledMm
 from quark_inductor.lowering.target import Target
@@ -127,8 +127,7 @@ def gemm(named: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> T
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device says that it is an H100, whatever it is."""
-    for module in (target, registry):
-        monkeypatch.setattr(module, "current", lambda device_type="cpu": HOPPER)
+    monkeypatch.setattr(target, "current", lambda device_type="cpu": HOPPER)
 
 
 SCALES = [("tensor", "tensor"), ("token", "channel"), ("tensor", "channel"), ("token", "tensor")]

@@ -133,8 +133,11 @@ def test_mode_and_options_together() -> None:
         ({"strict": True}, "there is no option 'strict': ours start with 'quark.'"),
         ({"quark.strict": "yes"}, "quark.strict is 'yes'; expected True or False"),
         ({"quark.strict": 1}, "quark.strict is 1; expected True or False"),
-        ({"quark.provider": "tpu"}, "quark.provider is 'tpu'; expected one of aiter, scaled_mm, cpp, emulation"),
-        ({"quark.provider": 3}, "quark.provider is 3; expected one of aiter, scaled_mm, cpp, emulation"),
+        (
+            {"quark.provider": "tpu"},
+            "quark.provider is 'tpu'; expected one of aiter, scaled_mm, triton, cpp, emulation",
+        ),
+        ({"quark.provider": 3}, "quark.provider is 3; expected one of aiter, scaled_mm, triton, cpp, emulation"),
         ({"max_autotune": "yes"}, "max_autotune"),
         ({"freezing": 1.5}, "freezing"),
         ({1: True}, "there is no option 1"),

@@ -42,6 +42,8 @@ class Triton(Provider):
 
 def refuse(chip: Chip, problem: GemmProblem) -> str | None:
     """``None`` if there is a kernel for a problem, else why not."""
+    if problem.m == 0:
+        return "there are no rows"
     if problem.layout:
         return f"has no kernel for weights in the layout {problem.layout}"
     if problem.experts:

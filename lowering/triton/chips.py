@@ -18,6 +18,8 @@ class Chip:
         mx: it multiplies codes by blocks of 32 under E8M0 scales.
         nvfp4: and FP4 codes by blocks of 16 under E4M3 scales.
         mixes_elements: and operands whose elements differ.
+        packed_products: it multiplies pairs of bfloat16 numbers.
+        converts_fp8: it converts the formats of OCP to other dtypes and back.
         wants_scales: each operand needs scales.
         block_scaled_columns: K must be a multiple of this for block-scaled instructions.
         left_rows: the least rows of the left operand, for the instructions of a group of warps; with fewer tokens
@@ -33,6 +35,8 @@ class Chip:
     mx: bool = False
     nvfp4: bool = False
     mixes_elements: bool = True
+    packed_products: bool = True
+    converts_fp8: bool = True
     wants_scales: bool = False
     block_scaled_columns: int = 64
     left_rows: int = 0
@@ -42,9 +46,17 @@ _OCP = ("fp8_e4m3", "fp8_e5m2")
 
 # Shared memory: AMD's ISA documents (LDS of a workgroup) and the CUDA C++ Programming Guide (of a thread block).
 _CHIPS = (
-    Chip(name="gfx942", processors=304, shared=65536, warp=64, fp8=("fp8_e4m3fnuz",)),
-    Chip(name="gfx950", processors=256, shared=163840, warp=64, fp8=_OCP, mx=True),
-    Chip(name="gfx1100", processors=96, shared=65536),
+    Chip(
+        name="gfx942",
+        processors=304,
+        shared=65536,
+        warp=64,
+        fp8=("fp8_e4m3fnuz",),
+        packed_products=False,
+        converts_fp8=False,
+    ),
+    Chip(name="gfx950", processors=256, shared=163840, warp=64, fp8=_OCP, mx=True, packed_products=False),
+    Chip(name="gfx1100", processors=96, shared=65536, packed_products=False, converts_fp8=False),
     Chip(name="sm_80", processors=108, shared=166912, has_fp8=False),
     Chip(name="sm_89", processors=142, shared=101376, fp8=_OCP),
     Chip(name="sm_90", processors=132, shared=232448, fp8=_OCP, left_rows=64),

@@ -53,6 +53,28 @@ def e3m2(codes):
 
 
 @triton.jit
+def e4m3(codes):
+    """FP8 codes, as bytes: the bits of a float16 whose exponent is biased by 8 more; the largest code is NaN."""
+    c = codes.to(tl.uint16)
+    half = (((c & 127) << 7) | ((c & 128) << 8)).to(tl.float16, bitcast=True)
+    return tl.where((c & 127) == 127, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def e5m2(codes):
+    """FP8 codes, as bytes: the upper half of a float16."""
+    return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def e4m3fnuz(codes):
+    """FP8 codes, as bytes: half of E4M3, but that -0 is NaN and nothing else is."""
+    c = codes.to(tl.uint16)
+    half = (((c & 127) << 7) | ((c & 128) << 8)).to(tl.float16, bitcast=True)
+    return tl.where(c == 128, float("nan"), half.to(tl.float32) * 128.0)
+
+
+@triton.jit
 def e8m0(codes):
     """Powers of two biased by 127: code 0 is ``2**-127``, 255 is NaN."""
     c = codes.to(tl.int32)
@@ -120,3 +142,49 @@ def times_blocks(values, scales, R: tl.constexpr, K: tl.constexpr, SIZE: tl.cons
     """``values [R, K]`` times a scale ``[R, K / SIZE]`` for each block of columns."""
     blocks = tl.reshape(values, (R, K // SIZE, SIZE))
     return tl.reshape(blocks * scales[:, :, None], (R, K))
+
+
+@triton.jit
+def fp4_halves(
+    packed, scales, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, DOT: tl.constexpr, PACKED: tl.constexpr
+):
+    """Numbers of even and of odd columns, ``[R, K / 2]`` each in ``DOT``, from bytes and scales ``[R, K / SIZE]``.
+
+    ``DOT`` holds every product of a code and a scale exactly. ``PACKED``: it is multiplied in it, else in float32.
+    """
+    if DOT == tl.float16:
+        c = packed.to(tl.uint16)
+        even = (((c & 7) << 9) | ((c & 8) << 12)).to(tl.float16, bitcast=True)
+        odd = (((c & 0x70) << 5) | ((c & 0x80) << 8)).to(tl.float16, bitcast=True)
+        # A power of two that neither factor nor product needs to be small for.
+        return _halves(even, odd, 16384.0, scales.to(tl.float16), R, K, SIZE)
+    if PACKED:
+        c = packed.to(tl.uint16)
+        # As a bfloat16, whose exponent is biased by 126 more.
+        even = (((c & 7) << 6) | ((c & 8) << 12)).to(tl.bfloat16, bitcast=True)
+        odd = (((c & 0x70) << 2) | ((c & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
+        return _halves(even, odd, 2.0**126, scales.to(tl.bfloat16), R, K, SIZE)
+    c = packed.to(tl.uint32)
+    even, odd = _halves(
+        (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True),
+        (((c & 0x70) << 18) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True),
+        2.0**126,
+        scales,
+        R,
+        K,
+        SIZE,
+    )
+    return _upper_half(even), _upper_half(odd)
+
+
+@triton.jit
+def _halves(even, odd, FACTOR: tl.constexpr, scales, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    even = tl.reshape(even, (R, K // SIZE, SIZE // 2)) * FACTOR * scales[:, :, None]
+    odd = tl.reshape(odd, (R, K // SIZE, SIZE // 2)) * FACTOR * scales[:, :, None]
+    return tl.reshape(even, (R, K // 2)), tl.reshape(odd, (R, K // 2))
+
+
+@triton.jit
+def _upper_half(x):
+    """float32 that bfloat16 holds exactly, in bfloat16: its upper bits."""
+    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

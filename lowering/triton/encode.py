@@ -55,13 +55,16 @@ def pack_fp4(codes, R: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def round_fp6(x, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.constexpr):
-    """The nearest FP6 numbers, float32: ``SMALLEST`` is the exponent of the smallest normal one."""
-    x = tl.minimum(tl.maximum(x, -MAX), MAX)
-    exponent = tl.maximum((to_bits(x) >> 23) & 255, 127 + SMALLEST)
-    # 1.5 * 2**23 times what two codes of this magnitude are apart.
+def round_minifloat(x, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.constexpr):
+    """The nearest number of a small format: half to even, saturated; NaN stays.
+
+    ``MANTISSA`` explicit bits, ``SMALLEST`` the exponent of the smallest normal number.
+    """
+    clamped = tl.minimum(tl.maximum(x, -MAX), MAX)
+    exponent = tl.maximum((to_bits(clamped) >> 23) & 255, 127 + SMALLEST)
+    # 1.5 * 2**23 times what two numbers of this magnitude are apart.
     anchor = from_bits(((exponent + 23 - MANTISSA) << 23) | 0x400000)
-    return (x + anchor) - anchor
+    return tl.where(x == x, (clamped + anchor) - anchor, x)
 
 
 @triton.jit
@@ -123,12 +126,17 @@ def or_eps(x):
 
 
 @triton.jit
-def over_blocks(x, multiplier, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
-    """``x [R, K]`` divided by a multiplier ``[R, K / SIZE]`` for each block; ``EXACT``: those are powers of two."""
-    blocks = tl.reshape(x, (R, K // SIZE, SIZE))
-    if EXACT:
-        return tl.reshape(blocks * tl.div_rn(1.0, multiplier)[:, :, None], (R, K))
-    return tl.reshape(divide(blocks, multiplier[:, :, None]), (R, K))
+def over_powers(x, codes, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    """``x [R, K]`` divided by powers of two, E8M0 codes ``[R, K / SIZE]``: times the inverse, which is exact."""
+    c = codes.to(tl.int32)
+    inverse = from_bits(tl.where(c == 254, 0x00400000, (254 - c) << 23))
+    return tl.reshape(tl.reshape(x, (R, K // SIZE, SIZE)) * inverse[:, :, None], (R, K))
+
+
+@triton.jit
+def over_blocks(x, multiplier, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    """``x [R, K]`` divided by a multiplier ``[R, K / SIZE]`` for each block."""
+    return tl.reshape(divide(tl.reshape(x, (R, K // SIZE, SIZE)), multiplier[:, :, None]), (R, K))
 
 
 @triton.jit
@@ -138,12 +146,12 @@ def fp8_scale(bits, MAX: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def encode_fp8(x, scale, FP8: tl.constexpr, MAX: tl.constexpr, T: tl.constexpr):
-    """FP8 codes of ``x / scale``, a quotient that is rounded to ``T``, saturates, and then is rounded; NaN stays."""
+def over_scale(x, scale, MAX: tl.constexpr, T: tl.constexpr):
+    """``x / scale``, rounded to ``T``, saturated; NaN stays."""
     quotient = rounded_to(divide(x, scale), T)
     clamped = tl.minimum(tl.maximum(quotient, -MAX), MAX)
     # What minimum and maximum make of NaN is the hardware's choice.
-    return tl.where(quotient == quotient, clamped, quotient).to(FP8)
+    return tl.where(quotient == quotient, clamped, quotient)
 
 
 @triton.jit

@@ -23,6 +23,10 @@ class Form:
         x_element: of ``"block_scaled"``, the activation's element as Triton calls it.
         weight_element: the weight's.
         unit_scales: the activation has no scales of blocks, but the instruction wants some.
+        halves: the numbers of FP4 weights are multiplied as two tiles, those of even and of odd columns, which are the
+            lower and the upper halves of their bytes.
+        packed_products: the chip multiplies pairs of bfloat16 numbers in one instruction.
+        converts_fp8: the chip converts FP8 to other dtypes.
     """
 
     kind: str
@@ -30,6 +34,9 @@ class Form:
     x_element: str = ""
     weight_element: str = ""
     unit_scales: bool = False
+    halves: bool = False
+    packed_products: bool = False
+    converts_fp8: bool = True
 
 
 def form_of(chip: Chip, problem: GemmProblem) -> Form:
@@ -50,7 +57,22 @@ def form_of(chip: Chip, problem: GemmProblem) -> Form:
             return Form(kind="fp8")
         if _is_int8(problem):
             return Form(kind="int8")
-    return Form(kind="float", dot=_dot(problem))
+    dot = _dot(problem)
+    return Form(
+        kind="float",
+        dot=dot,
+        halves=_has_halves(problem, dot),
+        packed_products=chip.packed_products,
+        converts_fp8=chip.converts_fp8,
+    )
+
+
+def _has_halves(problem: GemmProblem, dot: str) -> bool:
+    """Whether codes times scales of an FP4 weight, which are multiplied in that dtype, are exact in it."""
+    w = BLOCK_FORMATS.get(problem.weight_format)
+    if w is None or w.element != "fp4" or (problem.rounds and w.has_global_scale):
+        return False
+    return dot == "bfloat16" or (dot == "float16" and w.scale == "e4m3")
 
 
 def _block_scaled(chip: Chip, problem: GemmProblem) -> Form | None:

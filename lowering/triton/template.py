@@ -24,8 +24,9 @@ from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.target import Target
 from quark_inductor.lowering.triton.chips import CHIPS
 from quark_inductor.lowering.triton.forms import form_of
-from quark_inductor.lowering.triton.source import Strides, kernel
+from quark_inductor.lowering.triton.source import kernel
 from quark_inductor.lowering.triton.tiles import Tile, tiles_for
+from quark_inductor.lowering.triton.weight import Strides
 from quark_inductor.schemes.ops import dtype_of
 
 
@@ -99,8 +100,8 @@ def _strides(inputs: Mapping[str, Any]) -> Strides:
 
     rows, columns = of("weight")
     return Strides(
-        weight_rows=rows,
-        weight_columns=columns,
+        rows=rows,
+        columns=columns,
         scale=of("weight_scale"),
         zero_point=of("weight_zero_point"),
     )

@@ -85,10 +85,9 @@ class _Launcher:
     run_kernel: Run
 
     def run(self, *values: Any, stream: int) -> None:
-        names = [name for name, kind in self.kernel.signature.items() if kind != "constexpr"]
+        names = [name for name in self.kernel.signature if name not in _BLOCKS]
         arguments = dict(zip(names, values, strict=False))
-        for name in self.kernel.signature.keys() - arguments.keys():
-            arguments[name] = _BLOCKS[name]
+        arguments |= {name: size for name, size in _BLOCKS.items() if name in self.kernel.signature}
         grid = tuple(values[len(names) :])
         if self.kernel.kind != "template":
             sizes = ((f"{axis}numel", f"{axis.upper()}BLOCK") for axis in "xyz" if f"{axis}numel" in arguments)

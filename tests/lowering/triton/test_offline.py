@@ -4,8 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,19 +19,12 @@ def load() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["offline"] = module
     spec.loader.exec_module(module)
     return module
 
 
-lib: Any = load()
-
-
-@pytest.fixture(scope="session")
-def offline() -> Iterator[Any]:
-    """Compiles Triton kernels in processes of their own."""
-    pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[triton]'")
-    with lib.Offline() as compiler:
-        yield compiler
+lib: Any = sys.modules.get("offline") or load()
 
 
 @pytest.fixture(autouse=True)

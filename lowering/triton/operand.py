@@ -1,0 +1,138 @@
+"""What a kernel does for an operand, and lines of Triton that both operands have in common."""
+
+from dataclasses import dataclass, field
+
+from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.triton.forms import Form
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+
+# Triton's names of dtypes; FP8 ones by the names of formats.
+FLOATS = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
+FP8 = {"fp8_e4m3": "tl.float8e4nv", "fp8_e5m2": "tl.float8e5", "fp8_e4m3fnuz": "tl.float8e4b8"}
+FP8_MAX = {"fp8_e4m3": "448.0", "fp8_e5m2": "57344.0", "fp8_e4m3fnuz": "224.0"}
+# Of elements: explicit mantissa bits, the smallest normal number's exponent, the largest number.
+MINIFLOATS = {
+    "fp4": (1, 0, 6.0),
+    "fp6_e2m3": (3, 0, 7.5),
+    "fp6_e3m2": (2, -2, 28.0),
+    "fp8_e4m3": (3, -6, 448.0),
+    "fp8_e5m2": (2, -14, 57344.0),
+    "fp8_e4m3fnuz": (3, -7, 224.0),
+}
+
+
+@dataclass(slots=True)
+class Operand:
+    """What a kernel does for one operand.
+
+    Attributes:
+        before: lines before the loop.
+        loop: lines in the loop, at column ``k``; they leave the tile in ``a`` or ``b``, or in two halves: the even and
+            the odd columns.
+        scale: in the loop, the name of the scales of a block-scaled tile.
+        factors: of the product's rows or columns, float32, applied after the loop.
+        partial: of the product of one step, applied in the loop.
+        zero: the zero points of rows or columns of integers, int32, that are not in the tile; ``""``: none.
+    """
+
+    before: list[str] = field(default_factory=list)
+    loop: list[str] = field(default_factory=list)
+    scale: str = "None"
+    factors: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    zero: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Names of one operand's things.
+
+    Attributes:
+        tile: the variable that the product reads.
+        name: prefix of the variables before it.
+        index: the variable with the rows.
+        rows: how many there are in a tile.
+        pointer: of the codes; with ``_SCALE`` that of the scales.
+        stride: entries between two rows of codes.
+    """
+
+    tile: str
+    name: str
+    index: str
+    rows: str
+    pointer: str
+    stride: str
+
+
+def load_rows(side: Side, share: int = 1, step: int = 1) -> str:
+    """A tile of a tensor that has an entry for so many columns of the operand."""
+    return _load(side.pointer, side.index, side.stride, share, step)
+
+
+def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1) -> str:
+    first, columns = ("k", "BLOCK_K") if share == 1 else (f"k // {share}", f"BLOCK_K // {share}")
+    return f"load_rows({pointer}, {rows}, {stride}, {first}, {columns}, {step})"
+
+
+def block_codes(side: Side, format: str) -> list[str]:
+    """Lines that load codes and scales of a block format: packed FP4, the numbers of FP6, FP8."""
+    f = BLOCK_FORMATS[format]
+    if f.element == "fp4":
+        codes = load_rows(side, 2)
+    elif f.element.startswith("fp6"):
+        bits = f"load_fp6({side.pointer}, {side.index}, {side.stride}, k, {side.rows}, BLOCK_K)"
+        codes = f"{f.element.removeprefix('fp6_')}({bits})"
+    else:
+        codes = load_rows(side)
+    scales = _load(f"{side.pointer}_SCALE", side.index, f"(K // {f.size})", f.size)
+    return [f"{side.name} = {codes}", f"{side.name}_scale = {scales}"]
+
+
+def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, format: str, zero: float) -> None:
+    """From :func:`block_codes` to what the form multiplies; ``zero``: what a scale of 0 stands for."""
+    f, name = BLOCK_FORMATS[format], side.name
+    if f.has_global_scale and not (problem.rounds and form.kind == "float"):
+        operand.factors.append(f"{name}_global")
+    if form.kind == "block_scaled":
+        operand.loop.append(f"{side.tile} = {block_scaled_codes(side, form, f.element)}")
+        operand.scale = f"{name}_scale"
+        return
+    if form.halves and f.element == "fp4":
+        packed = "True" if form.packed_products else "False"
+        scales = {"e8m0": "e8m0", "e4m3": "", "e5m3": "e5m3"}[f.scale]
+        scale = f"{scales}({name}_scale)" if scales else f"{name}_scale.to(tl.float32)"
+        scale = f"or_eps({scale})" if zero else scale
+        operand.loop.append(
+            f"{side.tile}_even, {side.tile}_odd = "
+            f"fp4_halves({name}, {scale}, {side.rows}, BLOCK_K, {f.size}, DOT, {packed})"
+        )
+        return
+    value = (
+        f"e2m1(unpack_fp4({name}, {side.rows}, BLOCK_K))" if f.element == "fp4" else fp8_numbers(name, f.element, form)
+    )
+    operand.loop.append(f"{side.tile} = {block_numbers(side, problem, form, format, value, zero)}")
+
+
+def block_numbers(side: Side, problem: GemmProblem, form: Form, format: str, value: str, zero: float) -> str:
+    """Elements as float32 times the scales of their blocks, in the dtype that is multiplied."""
+    f, name = BLOCK_FORMATS[format], side.name
+    scale = {"e8m0": "e8m0({0})", "e4m3": "{0}.to(tl.float32)", "e5m3": "e5m3({0})"}[f.scale].format(f"{name}_scale")
+    scale = f"or_eps({scale})" if zero else scale
+    if f.has_global_scale and problem.rounds:
+        scale = f"{scale} * {name}_global"
+    return f"times_blocks({value}, {scale}, {side.rows}, BLOCK_K, {f.size}).to(DOT)"
+
+
+def block_scaled_codes(side: Side, form: Form, element: str) -> str:
+    """The codes as the block-scaled instruction takes them."""
+    wanted = form.x_element if side.tile == "a" else form.weight_element
+    if element == "fp4" and wanted == "e4m3":
+        return f"e2m1(unpack_fp4({side.name}, {side.rows}, BLOCK_K)).to(tl.float8e4nv)"
+    return f"{side.name}.to(tl.float8e4nv)" if element.startswith("fp6") else side.name
+
+
+def fp8_numbers(name: str, element: str, form: Form) -> str:
+    """FP8 codes, or numbers already, as float32."""
+    if form.converts_fp8 or not element.startswith("fp8"):
+        return f"{name}.to(tl.float32)"
+    return f"{element.removeprefix('fp8_')}({name}.to(tl.uint8, bitcast=True))"

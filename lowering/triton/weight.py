@@ -1,0 +1,155 @@
+"""The tile of a weight."""
+
+from dataclasses import dataclass
+
+from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.triton.forms import Form
+from quark_inductor.lowering.triton.operand import Operand, Side, block_codes, block_tile, fp8_numbers, load_rows
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
+from quark_inductor.schemes.operands import fp8_weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strides:
+    """How a weight lies in memory.
+
+    Attributes:
+        rows: entries between two rows of its codes.
+        columns: entries between two codes of a row.
+        scale: entries between two scales of an integer weight's channels, and of its groups.
+        zero_point: the same of its zero points.
+    """
+
+    rows: int
+    columns: int = 1
+    scale: tuple[int, ...] = ()
+    zero_point: tuple[int, ...] = ()
+
+
+def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str]) -> Operand:
+    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if :func:`is_turned`; or its halves."""
+    format = problem.weight_format
+    side = Side(tile="b", name="w", index="n", rows="BLOCK_N", pointer="WEIGHT", stride=str(strides.rows))
+    if format in BLOCK_FORMATS:
+        return _block_weight(problem, form, side)
+    if fp8_weight(format) is not None:
+        return _fp8_weight(problem, form, side)
+    if format in INT4_FORMATS or format == "int4_fp8":
+        return _int4_weight(problem, form, side)
+    return _integer_weight(problem, form, strides, side, has)
+
+
+def is_turned(problem: GemmProblem) -> bool:
+    """Whether the tile of the weight has a row for each column of the activation: 4-bit integers by groups."""
+    return problem.weight_format in INT4_FORMATS and problem.weight_scale_ndim == 2
+
+
+def _block_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
+    operand, format = Operand(), problem.weight_format
+    if BLOCK_FORMATS[format].has_global_scale:
+        operand.before.append("w_global = tl.load(WEIGHT_SCALE_2).to(tl.float32)")
+    operand.loop += block_codes(side, format)
+    block_tile(side, operand, problem, form, format, 0.0)
+    return operand
+
+
+def _fp8_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
+    operand = Operand()
+    found = fp8_weight(problem.weight_format)
+    assert found is not None
+    block = found[1]
+    operand.loop.append(f"w = {load_rows(side)}")
+    if block is not None:
+        rows, columns = block
+        scale = f"tl.load(WEIGHT_SCALE + n // {rows} * {-(-problem.k // columns)} + k // {columns}).to(tl.float32)"
+        operand.loop.append(f"w_scale = {scale}")
+    else:
+        at = "WEIGHT_SCALE + n" if problem.weight_scale_ndim else "WEIGHT_SCALE"
+        operand.before.append(f"w_scale = tl.load({at}).to(tl.float32)")
+    native = form.kind == "fp8"
+    value = "w" if native else fp8_numbers("w", "fp8_e5m2" if "e5m2" in problem.weight_format else "fp8_e4m3", form)
+    _finish_scaled(operand, problem, value, grouped=block is not None, native=native)
+    return operand
+
+
+def _finish_scaled(operand: Operand, problem: GemmProblem, value: str, grouped: bool, native: bool) -> None:
+    """A weight, as codes or as float32, whose scale ``w_scale`` is a number or one of each channel."""
+    per_channel = grouped or problem.weight_scale_ndim > 0
+    of_columns = "w_scale[None, :]" if per_channel else "w_scale"
+    if native:
+        operand.loop.append(f"b = {value}")
+        (operand.partial if grouped else operand.factors).append(of_columns)
+    elif grouped or problem.rounds:
+        of_rows = "w_scale[:, None]" if per_channel else "w_scale"
+        operand.loop.append(f"b = ({value} * {of_rows}).to(DOT)")
+    else:
+        operand.loop.append(f"b = {value}.to(DOT)")
+        operand.factors.append(of_columns)
+
+
+def _integer_weight(problem: GemmProblem, form: Form, strides: Strides, side: Side, has: frozenset[str]) -> Operand:
+    operand, ndim = Operand(), problem.weight_scale_ndim
+    grouped, zero = ndim == 2, "weight_zero_point" in has
+    operand.loop.append(f"w = {load_rows(side, step=strides.columns)}")
+
+    def load(pointer: str, strides: tuple[int, ...]) -> str:
+        places = ("n", f"k // {problem.weight_columns}" if grouped else "")
+        at = "".join(f" + {place} * {step}" for place, step in zip(places, strides, strict=False))
+        return f"tl.load({pointer}{at}).to(tl.float32)"
+
+    place = operand.loop if grouped else operand.before
+    place.append(f"w_scale = {load('WEIGHT_SCALE', strides.scale)}")
+    if zero:
+        place.append(f"w_zero = {load('WEIGHT_ZERO_POINT', strides.zero_point)}")
+    if form.kind == "int8":
+        moved = 128 if problem.weight_format == "uint8" else 0
+        operand.loop.append(f"b = (w.to(tl.int32) - {moved}).to(tl.int8)" if moved else "b = w")
+        operand.factors.append("w_scale[None, :]" if ndim else "w_scale")
+        if zero or moved:
+            operand.before.append(f"b_zero = {'w_zero.to(tl.int32)' if zero else '0'} - {moved}")
+            operand.zero = "b_zero[None, :]" if zero and ndim else "b_zero"
+        return operand
+    value = "w.to(tl.float32)"
+    if zero:
+        value = f"(w.to(tl.float32) - {'w_zero[:, None]' if ndim else 'w_zero'})"
+    _finish_scaled(operand, problem, value, grouped, native=False)
+    return operand
+
+
+def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
+    operand, two_stages = Operand(), problem.weight_format == "int4_fp8"
+    signed, order = (True, "reorder") if two_stages else INT4_FORMATS[problem.weight_format]
+    flags = f"{signed}, {order == 'reorder'}"
+    if is_turned(problem):
+        group = problem.weight_columns
+        n = problem.n
+        operand.loop += [
+            "rows = k + tl.arange(0, BLOCK_K)",
+            "words = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)",
+            f"w = tl.load(WEIGHT + rows[:, None] * {n // 8} + words[None, :] % {n // 8})",
+            f"w = unpack_int4(w, BLOCK_K, BLOCK_N, {flags})",
+            f"w_scale = tl.load(WEIGHT_SCALE + k // {group} * {n} + n).to(tl.float32)",
+            f"w_zero = int4_at(WEIGHT_ZERO_POINT, k // {group} * {n} + n, {flags}).to(tl.float32)",
+            "b = ((w.to(tl.float32) - w_zero[None, :]) * w_scale[None, :]).to(DOT)",
+        ]
+        return operand
+    operand.loop += [f"w = {load_rows(side, 8)}", f"w = unpack_int4(w, BLOCK_N, BLOCK_K, {flags})"]
+    operand.before.append(f"w_zero = int4_at(WEIGHT_ZERO_POINT, n, {flags}).to(tl.float32)")
+    if two_stages:
+        operand.before.append(
+            "w_scale = tl.load(WEIGHT_SCALE_2 + n).to(tl.float32) * tl.load(WEIGHT_SCALE).to(tl.float32)"
+        )
+    else:
+        operand.before.append("w_scale = tl.load(WEIGHT_SCALE + n).to(tl.float32)")
+    value = "(w.to(tl.float32) - w_zero[:, None])"
+    if problem.rounds and two_stages:
+        operand.before[-1] = "w_scale = tl.load(WEIGHT_SCALE_2 + n).to(tl.float32)"
+        operand.before.append("w_outer = tl.load(WEIGHT_SCALE).to(tl.float32)")
+        operand.loop.append(f"b = (({value} * w_scale[:, None]) * w_outer).to(DOT)")
+    elif problem.rounds:
+        operand.loop.append(f"b = ({value} * w_scale[:, None]).to(DOT)")
+    else:
+        operand.loop.append(f"b = {value}.to(DOT)")
+        operand.factors.append("w_scale[None, :]")
+    return operand

@@ -150,41 +150,37 @@ def fp4_halves(
 ):
     """Numbers of even and of odd columns, ``[R, K / 2]`` each in ``DOT``, from bytes and scales ``[R, K / SIZE]``.
 
-    ``DOT`` holds every product of a code and a scale exactly. ``PACKED``: it is multiplied in it, else in float32.
+    ``DOT`` holds every product of a code and a scale exactly. ``PACKED``: it is multiplied in it, else in float32. The
+    bits of a code, put where a float has them, are a number whose exponent is biased by so much more.
     """
     if DOT == tl.float16:
         c = packed.to(tl.uint16)
         even = (((c & 7) << 9) | ((c & 8) << 12)).to(tl.float16, bitcast=True)
         odd = (((c & 0x70) << 5) | ((c & 0x80) << 8)).to(tl.float16, bitcast=True)
-        # A power of two that neither factor nor product needs to be small for.
-        return _halves(even, odd, 16384.0, scales.to(tl.float16), R, K, SIZE)
-    if PACKED:
+        halves = times_half(even, 16384.0, scales, R, K, SIZE), times_half(odd, 16384.0, scales, R, K, SIZE)
+    elif PACKED:
         c = packed.to(tl.uint16)
-        # As a bfloat16, whose exponent is biased by 126 more.
         even = (((c & 7) << 6) | ((c & 8) << 12)).to(tl.bfloat16, bitcast=True)
         odd = (((c & 0x70) << 2) | ((c & 0x80) << 8)).to(tl.bfloat16, bitcast=True)
-        return _halves(even, odd, 2.0**126, scales.to(tl.bfloat16), R, K, SIZE)
-    c = packed.to(tl.uint32)
-    even, odd = _halves(
-        (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True),
-        (((c & 0x70) << 18) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True),
-        2.0**126,
-        scales,
-        R,
-        K,
-        SIZE,
-    )
-    return _upper_half(even), _upper_half(odd)
+        halves = times_half(even, 2.0**126, scales, R, K, SIZE), times_half(odd, 2.0**126, scales, R, K, SIZE)
+    else:
+        c = packed.to(tl.uint32)
+        even = (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True)
+        odd = (((c & 0x70) << 18) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True)
+        even = times_half(even, 2.0**126, scales, R, K, SIZE)
+        odd = times_half(odd, 2.0**126, scales, R, K, SIZE)
+        halves = upper_half(even), upper_half(odd)
+    return halves
 
 
 @triton.jit
-def _halves(even, odd, FACTOR: tl.constexpr, scales, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
-    even = tl.reshape(even, (R, K // SIZE, SIZE // 2)) * FACTOR * scales[:, :, None]
-    odd = tl.reshape(odd, (R, K // SIZE, SIZE // 2)) * FACTOR * scales[:, :, None]
-    return tl.reshape(even, (R, K // 2)), tl.reshape(odd, (R, K // 2))
+def times_half(values, FACTOR: tl.constexpr, scales, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    """``values [R, K / 2]``, half of the columns, times a factor and the scales of their blocks, in their dtype."""
+    blocks = tl.reshape(values, (R, K // SIZE, SIZE // 2)) * FACTOR
+    return tl.reshape(blocks * scales.to(values.dtype)[:, :, None], (R, K // 2))
 
 
 @triton.jit
-def _upper_half(x):
+def upper_half(x):
     """float32 that bfloat16 holds exactly, in bfloat16: its upper bits."""
     return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -62,7 +62,7 @@ _SIZES: Mapping[str, Mapping[str, tuple[_Size, _Size]]] = {
         "gfx942": ((16, 64, 256, 4, 2), (128, 256, 64, 8, 2)),
         "gfx950": ((16, 64, 256, 4, 2), (128, 256, 128, 8, 2)),
         "sm_89": ((16, 128, 128, 4, 3), (128, 128, 64, 8, 3)),
-        "sm_90": ((16, 64, 256, 4, 4), (128, 256, 128, 8, 3)),
+        "sm_90": ((16, 64, 256, 4, 4), (128, 128, 128, 8, 3)),
         "sm_100": ((16, 128, 128, 4, 4), (128, 256, 128, 8, 3)),
         "sm_120": ((16, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
     },
@@ -99,14 +99,20 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
         most: more than one, for somebody who measures; all split K alike.
     """
     few, many = _SIZES[_kind(form)][chip.name]
+    crowded = _is_rescaled(problem, form) or _has_fp6(problem) or problem.zero_points
     if problem.m is not None and problem.m <= FEW_TOKENS:
         _, n, k, warps, stages = few
-        tile = Tile(m=_rows(problem.m), n=n, k=_columns(problem, k), warps=warps, stages=stages)
+        m = _rows(problem.m)
+        tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps if m <= 32 else 8, stages=stages)
+        if m > 32 and crowded:
+            tile = replace(tile, n=min(n, _LEAST_CHANNELS), k=min(tile.k, 128))
         tile = _swapped(chip, tile)
         tile = replace(tile, parts=_parts(chip, problem, tile))
     else:
         m, n, k, warps, stages = many
         tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps, stages=stages)
+        if crowded:
+            tile = replace(tile, n=max(_LEAST_CHANNELS, n // 2), warps=8)
         while problem.m is not None and _programs(problem, tile) < chip.processors and tile.n > _LEAST_CHANNELS:
             tile = replace(tile, n=tile.n // 2)
     if not most:
@@ -115,6 +121,15 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
     others += [replace(tile, n=n) for n in (tile.n // 2, tile.n * 2) if n >= max(_LEAST_CHANNELS, chip.left_rows)]
     others.append(replace(tile, warps=12 - tile.warps))
     return [tile, *others]
+
+
+def _is_rescaled(problem: GemmProblem, form: Form) -> bool:
+    """Whether sums are scaled before they are added up, which takes twice their registers."""
+    return form.kind == "fp8" and bool(problem.x_columns or problem.weight_columns)
+
+
+def _has_fp6(problem: GemmProblem) -> bool:
+    return "fp6" in problem.x_format + problem.weight_format
 
 
 def _kind(form: Form) -> str:

@@ -48,6 +48,24 @@ def encode_fp4(x):
 
 
 @triton.jit
+def encode_small(x, BITS: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.constexpr):
+    """FP4 and FP6 codes, int32, of numbers that are divided by their scale: half to even, above MAX saturates, no -0.
+
+    ``BITS``: of a code; ``SMALLEST``: the exponent of the smallest normal number. A NaN's is some code. Where numbers
+    have one exponent, codes are a linear function of the magnitude, and over all exponents the least of those: each is
+    rounded by a sum so large that codes are its last bits.
+    """
+    magnitude = tl.minimum(tl.abs(x), MAX)
+    anchor: tl.constexpr = 2.0 ** (23 + SMALLEST - MANTISSA)
+    rounded = magnitude + anchor
+    for i in tl.static_range(1, (1 << (BITS - 1 - MANTISSA)) - 1):
+        rounded = tl.minimum(rounded, magnitude * 2.0**-i + anchor * (1.0 + i * 2.0 ** (MANTISSA - 23)))
+    code = to_bits(rounded) & ((1 << (BITS - 1)) - 1)
+    # What is nearer to 0 than half the smallest number becomes 0.
+    return tl.where(x < -(2.0 ** (SMALLEST - MANTISSA - 1)), code | (1 << (BITS - 1)), code)
+
+
+@triton.jit
 def pack_fp4(codes, R: tl.constexpr, K: tl.constexpr):
     """FP4 codes ``[R, K]`` to bytes ``[R, K / 2]``, element 2i in the low nibble."""
     low, high = tl.split(tl.reshape(codes, (R, K // 2, 2)))
@@ -62,6 +80,16 @@ def round_fp6(x, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.constex
     # 1.5 * 2**23 times what two codes of this magnitude are apart.
     anchor = from_bits(((exponent + 23 - MANTISSA) << 23) | 0x400000)
     return (x + anchor) - anchor
+
+
+@triton.jit
+def pack_fp6(codes, R: tl.constexpr, K: tl.constexpr):
+    """FP6 codes ``[R, K]`` to three tiles of bytes ``[R, K / 4]``: of every four codes, the first lowest."""
+    even, odd = tl.split(tl.reshape(codes, (R, K // 4, 2, 2)))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    bits = c0 | (c1 << 6) | (c2 << 12) | (c3 << 18)
+    return bits.to(tl.uint8), (bits >> 8).to(tl.uint8), (bits >> 16).to(tl.uint8)
 
 
 @triton.jit
@@ -120,6 +148,12 @@ def scale_e4m3(bits, global_scale, SEQUENTIAL: tl.constexpr):
 def or_eps(x):
     """``2**-23``, what amd-quark divides by, where a number is 0."""
     return tl.where(x == 0.0, 2.0**-23, x)
+
+
+@triton.jit
+def inverse_e8m0(codes):
+    """``1 / scale`` of E8M0 codes, int32; a NaN's is some number."""
+    return from_bits(tl.where(codes >= 254, 0x00400000, (254 - codes) << 23))
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def constants(format: str) -> dict[str, int]:
 
 
 def source(format: str, scale_rule: str, dtype: str) -> str:
-    """The source of a kernel, for ``TritonTemplate``: its result are the scales, ``[blocks]``; it writes the codes.
+    """The source of a kernel, for ``TritonTemplate``: it returns scales ``[blocks]``, and writes the codes.
 
     Scales, and codes of blocks whose scale is a number, are bit for bit those of
     :func:`quark_inductor.schemes.numerics.block.quantize`.

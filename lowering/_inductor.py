@@ -18,6 +18,7 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import (
     add,
+    empty_strided,
     expand,
     fallback_handler,
     lowerings,
@@ -50,6 +51,7 @@ __all__ = [
     "config",
     "contiguous",
     "counters",
+    "empty",
     "expand",
     "gen_2d_view_of_epilogue_buf",
     "get_export_declaration",
@@ -79,7 +81,8 @@ def realized_inputs(nodes: Mapping[str, Any], strided: Sequence[str] = ()) -> li
         strided: names of those that may have any strides; the others are made contiguous.
     """
     found: list[Any] = []
-    for name, realized in zip(nodes, realize_inputs(*nodes.values()), strict=True):
+    for name, given in nodes.items():
+        realized = realize_inputs(given)
         node = realized if name in strided else ir.ExternKernel.require_contiguous(realized)
         elsewhere = node.get_layout().offset != 0 or node.get_name() in {f.get_name() for f in found}
         found.append(ir.ExternKernel.copy_input(node) if elsewhere else node)
@@ -90,6 +93,11 @@ def contiguous(node: Any) -> Any:
     """The node realized as a contiguous buffer."""
     realized = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
     return realized if isinstance(realized, ir.TensorBox) else ir.TensorBox(realized)
+
+
+def empty(size: Sequence[Any], dtype: Any, device: Any) -> Any:
+    """A contiguous buffer that nothing is written to yet: a template writes it that has it among its mutated inputs."""
+    return empty_strided(size, None, dtype=dtype, device=device)
 
 
 def lowered(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -202,6 +202,11 @@ def forcing(provider: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_provider() -> str | None:
+    """The only provider that may be asked, by :func:`forcing`; ``None``: any."""
+    return _forced.get()
+
+
 def select(target: Target, problem: GemmProblem, forced: str | None = None) -> Selection:
     """The first provider that can run a problem.
 
@@ -214,7 +219,7 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
     Raises:
         OptionError: there is no provider of that name.
     """
-    forced = forced or _forced.get()
+    forced = forced or forced_provider()
     if forced is not None and forced not in provider_names():
         raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
     needed, arch = min_capability(problem.weight_format), target.arch.removeprefix("sm_")

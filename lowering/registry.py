@@ -11,6 +11,8 @@ from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering import target as targets
 from quark_inductor.lowering._inductor import config, counters, register_lowering, static_size
 from quark_inductor.lowering.base import gemm_problem, select
+from quark_inductor.lowering.quantize import PROVIDER as QUANTIZER
+from quark_inductor.lowering.quantize import quantizes
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.errors import QuarkInductorError
 
@@ -23,12 +25,32 @@ def count_key(op: str, provider: str) -> str:
 
 
 def kernel_counts() -> dict[str, int]:
-    """Kernels compiled or taken from a cache so far in this process, by provider."""
+    """Fused GEMMs compiled or taken from a cache so far in this process, by provider."""
     totals: Counter[str] = Counter()
     for key, count in counters["inductor"].items():
-        if key.startswith("quark."):
-            totals[key.rpartition(".")[2]] += count
+        kind, _, rest = key.partition(".")
+        op, _, provider = rest.rpartition(".")
+        if kind == "quark" and op in ops.FUSED_OPS:
+            totals[provider] += count
     return dict(totals)
+
+
+def _register_quantize() -> None:
+    def lowering(x: Any, format: str, scale_rule: str, global_scale: Any = None) -> Any:
+        target, k = targets.current(x.get_device().type), static_size(x.get_size()[-1])
+        refusal = quantizes(target, format, scale_rule, _dtype(x), k)
+        if refusal is not None:
+            # patterns/late_decomposition.py leaves none that has no kernel, so this is one made by somebody else.
+            raise QuarkInductorError(
+                f"quark_inductor::block_quantize to {format} has no kernel on {target}: {refusal.reason}. "
+                "Call quark_inductor.schemes.numerics.block.quantize instead"
+            )
+        from quark_inductor.lowering.triton.quantize_template import lower
+
+        counters["inductor"][count_key("block_quantize", QUANTIZER)] += 1
+        return lower(x, format, scale_rule, global_scale)
+
+    register_lowering(torch.ops.quark_inductor.block_quantize.default, type_promotion_kind=None)(lowering)
 
 
 def _shape(node: Any) -> list[int | None]:
@@ -63,3 +85,4 @@ def _register(fused: Callable[..., Any]) -> None:
 
 for _fused in FUSED_OPS:
     _register(_fused)
+_register_quantize()

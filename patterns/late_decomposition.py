@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from quark_inductor.lowering import target as targets
+from quark_inductor.lowering.quantize import quantizes
 from quark_inductor.patterns._inductor import detect_fake_mode, fwd_only
-from quark_inductor.patterns.base import value
+from quark_inductor.patterns.base import arguments, value
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.numerics import block, int4
 
@@ -47,15 +49,26 @@ class PlainGraphs:
 
 
 def late_decomposition(graph: Graph) -> int:
-    """Decompose every op of ours left in a graph but the fused ones; returns how many there were."""
+    """Decompose every op of ours left in a graph but those with kernels; returns how many there were."""
     plain = PlainGraphs()
-    found = [node for op in _PLAIN for node in graph.find_nodes(op="call_function", target=op)]
+    found = [node for op in _PLAIN for node in graph.find_nodes(op="call_function", target=op) if not _has_kernel(node)]
     for node in found:
         assert not node.kwargs, "quantize and dequantize nodes are made with positional arguments"
         key = node.target, *(None if isinstance(a, Node) else a for a in node.args)
         tensors = [a for a in node.args if isinstance(a, Node)]
         replace_by(node, plain.of(_plain_call(node), key, tensors), tensors)
     return len(found)
+
+
+def _has_kernel(node: Node) -> bool:
+    """Whether it is a quantize that has a kernel of its own: fused GEMMs are none of :data:`_PLAIN`."""
+    if node.target is not torch.ops.quark_inductor.block_quantize.default:
+        return False
+    named = arguments(node)
+    x = value(named["x"])
+    k = x.shape[-1] if isinstance(x.shape[-1], int) else None
+    target, dtype = targets.current(x.device.type), ops.dtype_name(x.dtype)
+    return quantizes(target, named["format"], named["scale_rule"], dtype, k) is None
 
 
 def _plain_call(node: Node) -> Callable[..., Any]:

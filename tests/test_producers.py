@@ -1,7 +1,8 @@
 """What comes before a quantized Linear and the quantize are one kernel, wherever the quantize is.
 
 Where the GEMM quantizes in its prologue, the producer is a kernel and the GEMM another. Where it does not, the quantize
-is plain aten, which Inductor fuses with the producer. Counted in the code that Inductor generates: of kernels that are
+is plain aten, which Inductor fuses with the producer; but elements that are packed, which it would store as integers
+before it packs them, have a kernel of ours on a GPU. Counted in the code that Inductor generates: of kernels that are
 never compiled, which takes seconds each.
 """
 
@@ -16,13 +17,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._guards import detect_fake_mode
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
+from torch._inductor.virtualized import V
 from torch.fx import Graph
 
 import quark_inductor as qi
+from quark_inductor.lowering import target
+from quark_inductor.lowering.base import No
+from quark_inductor.lowering.target import Target
+from quark_inductor.lowering.triton import Triton
+from quark_inductor.patterns.late_decomposition import late_decomposition
+from quark_inductor.testing import rewrite
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -206,3 +216,32 @@ def test_the_producer_quantizes_on_a_gpu(
         kernels = re.findall(r"^(triton_\w+) = async_compile\.triton\(", code, re.MULTILINE)
         assert len(kernels) == table[scheme][producer not in NORMS], kernels
         assert Generated(done.graph, code).calls == ["torch.ops.quark_inductor.quantized_gemm.default"]
+
+
+# Kernels with ours for packed elements, which reads what the producer wrote, in bfloat16. Inductor has as many after a
+# producer without a reduction, but writes and reads an int32 an element between them.
+OURS = {**TRITON, "mxfp4": (2, 2), "mxfp6_e3m2": (2, 2), "nvfp4": (2, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("producer", ["rms_norm", "silu_mul"])
+@pytest.mark.parametrize("scheme", OURS)
+def test_our_kernel_packs_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, materialized: str, fake_gpu: ModuleType, scheme: str, producer: str
+) -> None:
+    """On a GPU that the kernels know; the GEMM is a call. What Inductor does in one kernel stays plain aten."""
+    layer, inputs = Layer(producer, scheme, 4096), activations(64, 4096)
+    graph = rewrite(layer, *inputs, dynamic=False, options={"quark.provider": materialized}).after
+    monkeypatch.setattr(Triton, "can_run", lambda self, target, problem: No("is not asked for GEMMs here"))
+    monkeypatch.setattr(target, "current", lambda device_type="cpu": Target(device_type="cuda", arch="gfx950"))
+    with V.set_fake_mode(detect_fake_mode([node.meta["val"] for node in graph.find_nodes(op="placeholder")])):
+        late_decomposition(graph)
+    ours = OURS[scheme] != TRITON.get(scheme)
+    assert ("block_quantize" in Generated(graph, "").ours) == ours
+    options = {"triton.nested_reduction": False} if hasattr(config.triton, "nested_reduction") else {}
+    code = fake_gpu.gpu_code(graph, arch="gfx950", **options)
+    kernels = re.findall(r"^(triton_\w+) = async_compile\.triton\(", code, re.MULTILINE)
+    assert len(kernels) == OURS[scheme][producer not in NORMS], kernels
+    assert [kernel.startswith("triton_tem") for kernel in kernels] == [False] * (len(kernels) - ours) + [True] * ours
+    assert counters["inductor"]["quark.block_quantize.triton"] == ours
+    assert Generated(graph, code).calls == ["torch.ops.quark_inductor.quantized_gemm.default"]

@@ -58,9 +58,12 @@ def _blocks(problem: GemmProblem, form: Form) -> Operand:
         return operand
     if problem.scale_rule == "even":
         # Codes of the largest scale would be finite here, which are infinite in the emulation.
-        operand.loop.append("x_scale = tl.where(amax >= 0x7F800000, 255, x_scale).to(tl.uint8)")
+        operand.loop.append("x_scale = tl.where(amax >= 0x7F800000, 255, x_scale)")
+    if f.scale == "e8m0":
+        operand.loop.append("x_scale = x_scale.to(tl.uint8)")
     if f.element == "fp4":
-        operand.loop.append("x = pack_fp4(encode_fp4(x), BLOCK_M, BLOCK_K)")
+        codes = f"encode_small(x, 4, {mantissa}, {smallest}, {largest})"
+        operand.loop.append(f"x = pack_fp4({codes}, BLOCK_M, BLOCK_K).to(tl.uint8)")
     elif f.element.startswith("fp6"):
         operand.loop.append(rounded)
     else:
@@ -78,7 +81,7 @@ def _block_scales(problem: GemmProblem) -> list[str]:
         mantissa, _, largest = MINIFLOATS[f.element]
         even = f"scale_even(amax, {mantissa}, {MAX_EXPONENT[f.element]})"
         code = even if rule == "even" else f"scale_rceil(amax, {largest})"
-        return [*lines, f"x_scale = {code}.to(tl.uint8)", f"x = over_powers(x, x_scale, {shape})"]
+        return [*lines, f"x_scale = {code}", f"x = over_powers(x, x_scale, {shape})"]
     if f.scale == "e5m3":
         lines.append(f"x_scale = scale_nearest(amax, {FLOATS[problem.dtype]})")
         multiplier = "e5m3(x_scale)"

@@ -36,15 +36,21 @@ def rounded_to(x, T: tl.constexpr):
 
 
 @triton.jit
-def encode_fp4(x):
-    """FP4 codes, uint8, of numbers that are divided by their scale: half to even, above 6 saturates, no -0."""
-    magnitude = to_bits(x) & 0x7FFFFFFF
-    # Below 1 the codes are 0.5 apart, as floats of 2**22 are.
-    small = to_bits(from_bits(magnitude) + 4194304.0) - 0x4A800000
-    # From there on the upper bits of a float are a code, rounded at bit 22.
-    large = (magnitude - 0x3F000000 + 0x1FFFFF + ((magnitude >> 22) & 1)) >> 22
-    code = tl.where(magnitude >= 0x40C00000, 7, tl.where(magnitude < 0x3F800000, small, large))
-    return tl.where((to_bits(x) < 0) & (code > 0), code + 8, code).to(tl.uint8)
+def encode_small(x, BITS: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.constexpr):
+    """FP4 and FP6 codes, int32, of numbers that are divided by their scale: half to even, above MAX saturates, no -0.
+
+    ``BITS``: of a code; ``SMALLEST``: the exponent of the smallest normal number. A NaN's is some code. Where numbers
+    have one exponent, codes are a linear function of the magnitude, and over all exponents the least of those: each is
+    rounded by a sum so large that codes are its last bits.
+    """
+    magnitude = tl.minimum(tl.abs(x), MAX)
+    anchor: tl.constexpr = 2.0 ** (23 + SMALLEST - MANTISSA)
+    rounded = magnitude + anchor
+    for i in tl.static_range(1, (1 << (BITS - 1 - MANTISSA)) - 1):
+        rounded = tl.minimum(rounded, magnitude * 2.0**-i + anchor * (1.0 + i * 2.0 ** (MANTISSA - 23)))
+    code = to_bits(rounded) & ((1 << (BITS - 1)) - 1)
+    # What is nearer to 0 than half the smallest number becomes 0.
+    return tl.where(x < -(2.0 ** (SMALLEST - MANTISSA - 1)), code | (1 << (BITS - 1)), code)
 
 
 @triton.jit
@@ -65,6 +71,16 @@ def round_minifloat(x, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, MAX: tl.c
     # 1.5 * 2**23 times what two numbers of this magnitude are apart.
     anchor = from_bits(((exponent + 23 - MANTISSA) << 23) | 0x400000)
     return tl.where(x == x, (clamped + anchor) - anchor, x)
+
+
+@triton.jit
+def pack_fp6(codes, R: tl.constexpr, K: tl.constexpr):
+    """FP6 codes ``[R, K]`` to three tiles of bytes ``[R, K / 4]``: of every four codes, the first lowest."""
+    even, odd = tl.split(tl.reshape(codes, (R, K // 4, 2, 2)))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    bits = c0 | (c1 << 6) | (c2 << 12) | (c3 << 18)
+    return bits.to(tl.uint8), (bits >> 8).to(tl.uint8), (bits >> 16).to(tl.uint8)
 
 
 @triton.jit
@@ -126,11 +142,15 @@ def or_eps(x):
 
 
 @triton.jit
+def inverse_e8m0(codes):
+    """``1 / scale`` of E8M0 codes, int32; a NaN's is some number."""
+    return from_bits(tl.where(codes >= 254, 0x00400000, (254 - codes) << 23))
+
+
+@triton.jit
 def over_powers(x, codes, R: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
     """``x [R, K]`` divided by powers of two, E8M0 codes ``[R, K / SIZE]``: times the inverse, which is exact."""
-    c = codes.to(tl.int32)
-    inverse = from_bits(tl.where(c == 254, 0x00400000, (254 - c) << 23))
-    return tl.reshape(tl.reshape(x, (R, K // SIZE, SIZE)) * inverse[:, :, None], (R, K))
+    return tl.reshape(tl.reshape(x, (R, K // SIZE, SIZE)) * inverse_e8m0(codes)[:, :, None], (R, K))
 
 
 @triton.jit

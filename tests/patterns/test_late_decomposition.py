@@ -1,4 +1,4 @@
-"""What the rules left becomes plain aten: no op of ours reaches a kernel, and the result is that of eager code."""
+"""What the rules left becomes plain aten, unless it has a kernel, and the result is that of eager code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quark_inductor.lowering import target
 from quark_inductor.patterns.late_decomposition import late_decomposition
 
 q = torch.ops.quark_inductor
@@ -49,6 +50,32 @@ def test_bit_for_bit(dtype: torch.dtype, mode: str) -> None:
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("arch", "format", "rule", "stays"),
+    [
+        ("gfx950", "mxfp4", "even", True),
+        ("sm_80", "mxfp6_e3m2", "even", True),
+        ("gfx950", "mxfp4", "ceil", False),
+        ("gfx950", "mxfp8_e4m3", "even", False),
+        ("sm_70", "mxfp4", "even", False),
+    ],
+)
+def test_a_quantize_that_has_a_kernel_stays(
+    monkeypatch: pytest.MonkeyPatch, arch: str, format: str, rule: str, stays: bool
+) -> None:
+    """Its dequantize has none."""
+
+    def fn(x: Tensor) -> Tensor:
+        return q.block_dequantize(*q.block_quantize(x, format, rule), format, "float32")
+
+    monkeypatch.setattr(target, "current", lambda device_type: target.Target(device_type="cuda", arch=arch))
+    gm = make_fx(fn, tracing_mode="fake")(special(4, 64))
+    with V.set_fake_mode(detect_fake_mode([n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")])):
+        assert late_decomposition(gm.graph) == 2 - stays
+    assert ours(gm.graph) == ["quark_inductor.block_quantize.default"] * stays
+    gm.graph.lint()
+
+
 def test_nothing_to_do() -> None:
     gm = make_fx(lambda x: x + 1, tracing_mode="fake")(torch.ones(2))
     before = str(gm.graph)
@@ -80,7 +107,7 @@ def test_the_compiled_emulation_is_eager_code(linear: Callable[..., Any], preset
 
 
 def test_a_quantize_that_nobody_multiplies() -> None:
-    """No rule is about it, and no kernel of ours makes codes alone."""
+    """No rule is about it, and on CPU no kernel of ours makes codes alone."""
 
     def fn(x: Tensor) -> tuple[Tensor, Tensor]:
         codes, scales = q.block_quantize(x, "mxfp4", "even")

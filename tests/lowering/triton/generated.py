@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.runtime.hints import DeviceProperties, ReductionHint
+from torch._inductor.runtime.hints import DeviceProperties, ReductionHint, TileHint
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -53,7 +53,8 @@ def kernels(code: str) -> list[Kernel]:
     for name, text in _KERNEL.findall(code):
         decorator = _DECORATOR.search(text)
         assert decorator is not None
-        names = {"DeviceProperties": DeviceProperties, "ReductionHint": ReductionHint, "__file__": name}
+        names = {"DeviceProperties": DeviceProperties, "ReductionHint": ReductionHint, "TileHint": TileHint}
+        names["__file__"] = name
         options = eval(f"dict({decorator[2]})", names)
         meta = options["triton_meta"]
         arguments = list(meta["signature"])

@@ -117,9 +117,9 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
             tile = replace(tile, n=tile.n // 2)
     if not most:
         return [tile]
-    others = [replace(tile, stages=tile.stages + more) for more in (-1, 1)]
-    others += [replace(tile, n=n) for n in (tile.n // 2, tile.n * 2) if n >= max(_LEAST_CHANNELS, chip.left_rows)]
-    others.append(replace(tile, warps=12 - tile.warps))
+    others = [replace(tile, stages=tile.stages - 1), replace(tile, warps=12 - tile.warps)]
+    if tile.n > max(_LEAST_CHANNELS, chip.left_rows if tile.swapped else 0):
+        others.append(replace(tile, n=tile.n // 2))
     return [tile, *others]
 
 

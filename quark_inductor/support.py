@@ -1,5 +1,7 @@
 """The table of schemes and targets in the README: ``python -m quark_inductor.support`` prints it."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -19,14 +21,16 @@ TARGETS: tuple[tuple[str, Target, bool], ...] = (
     ("AMD gfx950", Target(device_type="cuda", arch="gfx950"), False),
     ("NVIDIA sm_90", Target(device_type="cuda", arch="sm_90"), False),
     ("NVIDIA sm_100", Target(device_type="cuda", arch="sm_100"), False),
+    ("NVIDIA sm_120", Target(device_type="cuda", arch="sm_120"), False),
 )
 
 
 def table() -> str:
     """Markdown: a row for each scheme name, a column for each target.
 
-    A cell says *tested* where a kernel runs in the tests, *compiled only* where one is made and was never run, and
-    *emulated* where no provider has one yet and the emulation is what Inductor compiles.
+    A cell says *tested* where a kernel runs in the tests, *compiled only* where one is made, for a GPU run in Triton's
+    interpreter, and was never run on the target, and *emulated* where no provider has one and the emulation is what
+    Inductor compiles.
     """
     lines = [
         "| scheme | " + " | ".join(title for title, _, _ in TARGETS) + " |",
@@ -37,7 +41,10 @@ def table() -> str:
         (linear,) = rewrite(model, torch.ones(2, 256)).result.linears
         cells = []
         for _, target, tested in TARGETS:
-            provider = linear.problem and select(target, linear.problem).provider
+            problem = linear.problem
+            if problem is not None and target.device_type != "cpu":
+                problem = dataclasses.replace(problem, layout="")  # weights are packed on CPU only
+            provider = problem and select(target, problem).provider
             cells.append("emulated" if provider is None else "tested" if tested else "compiled only")
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

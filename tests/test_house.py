@@ -104,7 +104,7 @@ def test_constraints_pin_every_dependency() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert not [version for version in pins.values() if not re.fullmatch(r"[0-9.]+(rc\d+)?", version)]
     pins = {canonicalize_name(name): version for name, version in pins.items()}
-    not_run_by_ci = {"triton", "quark-inductor"}
+    not_run_by_ci = {"quark-inductor"}
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
         assert name in not_run_by_ci or pins.get(name, "no pin") in requirement.specifier, requirement

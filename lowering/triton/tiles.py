@@ -156,7 +156,7 @@ def _programs(problem: GemmProblem, tile: Tile) -> int:
 def _parts(chip: Chip, problem: GemmProblem, tile: Tile) -> int:
     """How many programs share a tile: enough for the chip, if each still has some steps."""
     parts, steps = 1, problem.k // tile.k
-    while _programs(problem, tile) * parts < chip.processors and parts < _MOST_PARTS and steps >= 4 * parts:
+    while 2 * parts * _programs(problem, tile) <= chip.processors and parts < _MOST_PARTS and steps >= 4 * parts:
         parts *= 2
     return parts
 

@@ -1,6 +1,6 @@
 """All that needs a GPU, in one go: the tests, then the benchmark with the time that is left.
 
-    python benchmarks/gpu_run.py [--minutes 8] [--log FILE] [arguments of gpu_gemm.py]
+    python benchmarks/gpu_run.py [--minutes 8] [--slow] [--log FILE] [arguments of gpu_gemm.py]
 
 A kernel that reads what is not its own ruins the process it runs in: both are started again behind it. What they say is
 written to a file too, as it comes. The exit code is 1 if a test failed.
@@ -62,10 +62,10 @@ def said(command: Sequence[str], seconds: float, log: TextIO) -> tuple[int | Non
 Run = Callable[[Sequence[str], float], tuple[int | None, list[str]]]
 
 
-def run_tests(run: Run, deadline: float, clock: Callable[[], float]) -> dict[str, str]:
+def run_tests(run: Run, marked: str, deadline: float, clock: Callable[[], float]) -> dict[str, str]:
     """The results of all tests that need a GPU, by name; those that no time was left for are not in it."""
     results: dict[str, str] = {}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-v", "--color=no", "--tb=short", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", marked, "-n", "0", "-v", "--color=no", "--tb=short", "tests"]
     command += ["--show-capture=no"]
     while clock() < deadline:
         done = [f"--deselect={name}" for name in results]
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
     parser = argparse.ArgumentParser(description="All tests that need a GPU, then the benchmark.")
     parser.add_argument("--minutes", type=float, default=8.0, help="of both together")
+    parser.add_argument("--slow", action="store_true", help="the tests that are marked slow too")
     parser.add_argument("--log", type=Path, default=ROOT / "gpu_run.log")
     asked, more = parser.parse_known_args(arguments)
     end = time.monotonic() + 60 * asked.minutes
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("benchmarks/gpu_run.py needs a GPU that torch can use", file=sys.stderr)
             return 2
         until = time.monotonic() + FOR_TESTS * (end - time.monotonic())
-        results = run_tests(run, until, time.monotonic)
+        results = run_tests(run, "gpu" if asked.slow else "gpu and not slow", until, time.monotonic)
         benchmark = [sys.executable, str(ROOT / "benchmarks" / "gpu_gemm.py"), *more]
         code: int | None = LOST
         while code == LOST and time.monotonic() < end:

@@ -72,6 +72,11 @@ def here(tree: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.cpu(), tree)
 
 
+def mostly(*first: Any, slow: tuple[Any, ...]) -> list[Any]:
+    """These in every run, the others only where tests marked ``slow`` are: a minute of a GPU is dear."""
+    return [*first, *(pytest.param(*(it if isinstance(it, tuple) else (it,)), marks=pytest.mark.slow) for it in slow)]
+
+
 # --- every pair of formats
 
 
@@ -228,7 +233,7 @@ class Linears(nn.Module):
         return [linear(x) for linear, x in zip(self.linears.values(), inputs, strict=True)]
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 300])
+@pytest.mark.parametrize("m", mostly(1, 300, slow=(16, 64)))
 def test_every_scheme(m: int) -> None:
     """Many tiles and many steps along K, which few tokens split."""
     k, n = 1024, 768
@@ -358,7 +363,7 @@ def test_one_graph_for_any_number_of_tokens(mlp: Callable[..., Twins], scheme: s
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("scheme", FAMILIES)
+@pytest.mark.parametrize("scheme", mostly("mxfp4", "ptpc_fp8", slow=("ptpc_int8", "int4_wo_128")))
 def test_no_tokens(mlp: Callable[..., Twins], scheme: str) -> None:
     pair = mlp(scheme)
     got = compiled(pair.there, dynamic=False)(there(tokens(0, K)))
@@ -367,7 +372,7 @@ def test_no_tokens(mlp: Callable[..., Twins], scheme: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("scheme", FAMILIES)
+@pytest.mark.parametrize("scheme", mostly("mxfp4", "ptpc_fp8", "int4_wo_128", slow=("fp8", "nvfp4", "fp8_block128")))
 def test_other_dtypes(mlp: Callable[..., Twins], scheme: str, dtype: torch.dtype) -> None:
     pair, x = mlp(scheme, dtype), tokens(20, K, dtype)
     with collect_results() as found:
@@ -375,7 +380,7 @@ def test_other_dtypes(mlp: Callable[..., Twins], scheme: str, dtype: torch.dtype
     assert_fused(found, 3)
 
 
-@pytest.mark.parametrize("scheme", FAMILIES)
+@pytest.mark.parametrize("scheme", mostly("mxfp4", "ptpc_int8", slow=("ptpc_fp8", "nvfp4", "int4_wo_128")))
 def test_strides(rounding: None, scheme: str) -> None:
     """Columns with gaps, a transposed tensor, one that begins elsewhere, a row for all, and a batch of sequences."""
     torch.manual_seed(0)
@@ -394,8 +399,12 @@ def test_strides(rounding: None, scheme: str) -> None:
         assert_near(pair.here[0], x, compiled(pair.there, dynamic=False)(x))
 
 
-@pytest.mark.parametrize("m", [5, 80])
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8", "ptpc_int8", "int4_wo_128"])
+@pytest.mark.parametrize(
+    ("scheme", "m"),
+    mostly(
+        ("mxfp4", 5), ("mxfp4", 80), ("ptpc_fp8", 80), slow=(("ptpc_fp8", 5), ("ptpc_int8", 80), ("int4_wo_128", 5))
+    ),
+)
 def test_cuda_graphs(mlp: Callable[..., Twins], scheme: str, m: int) -> None:
     """Recorded, and replayed with other inputs: bit by bit what the same kernels give without."""
     pair = mlp(scheme)
@@ -425,8 +434,14 @@ def assert_recorded() -> None:
     assert any(manager.roots.values())
 
 
-@pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8", "fp8_block128", "int4_wo_128"])
+@pytest.mark.parametrize(
+    ("scheme", "mode"),
+    mostly(
+        ("mxfp4", "max-autotune"),
+        ("ptpc_fp8", "max-autotune-no-cudagraphs"),
+        slow=(("fp8_block128", "max-autotune"), ("int4_wo_128", "max-autotune-no-cudagraphs")),
+    ),
+)
 def test_max_autotune(mlp: Callable[..., Twins], tried: list[list[float]], scheme: str, mode: str) -> None:
     """Several tiles are measured; one that does not fit is left out, not an error."""
     pair = mlp(scheme)
@@ -478,7 +493,7 @@ def test_compiled_in_other_processes(
     assert bool([task for task in sent if task.__name__ == "_worker_compile_triton"]) is (processes > 1)
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_int8"])
+@pytest.mark.parametrize("scheme", mostly("mxfp4", slow=("ptpc_int8",)))
 def test_a_second_process_compiles_nothing(tmp_path: Path, scheme: str) -> None:
     """Everything comes from the caches: no pass runs, and the kernels are counted."""
 
@@ -505,15 +520,14 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, scheme: str) -> None:
     first, second = run(), run()
     assert (first["aot"]["miss"], first["fx"]["miss"]) == (1, 1)
     assert first["passes"]
-    assert (second["aot"], second["passes"]) == ({"hit": 1, "saved": 0}, []) or second["aot"].get("hit") == 1
-    assert "miss" not in second["aot"] | second["fx"]
-    assert "bypass" not in second["aot"] | second["fx"]
+    assert second["aot"]["hit"] == 1
+    assert not (second["aot"] | second["fx"]).keys() & {"miss", "bypass"}
     assert second["passes"] == []
     assert first["kernels"] == second["kernels"]
     assert set(first["kernels"]) <= GPU_PROVIDERS
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8", "int4_wo_128"])
+@pytest.mark.parametrize("scheme", mostly("mxfp4", slow=("ptpc_fp8", "int4_wo_128")))
 def test_ahead_of_time(mlp: Callable[..., Twins], scheme: str, tmp_path: Path) -> None:
     """``torch.export`` and AOTInductor: one package for any number of tokens."""
     if (missing := missing_headers()) is not None:
@@ -537,7 +551,10 @@ def missing_headers() -> str | None:
 
     if torch.version.hip is not None:
         return None
-    folders = [Path(folder) for folder in include_paths("cuda")]
+    try:
+        folders = [Path(folder) for folder in include_paths("cuda")]
+    except OSError:  # it finds no toolkit
+        folders = []
     if any((folder / "cuda.h").is_file() for folder in folders):
         return None
     return "AOTInductor compiles C++ that includes cuda.h, which is not there: install the CUDA toolkit"
@@ -595,8 +612,13 @@ def tiny_llama() -> Any:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-@pytest.mark.parametrize("length", [1, 24, 200])
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8", "ptpc_int8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("scheme", "length"),
+    mostly(
+        *((scheme, 24) for scheme in ("mxfp4", "ptpc_fp8", "ptpc_int8", "nvfp4")),
+        slow=tuple((scheme, length) for scheme in ("mxfp4", "ptpc_fp8") for length in (1, 200)),
+    ),
+)
 def test_a_whole_model(scheme: str, length: int) -> None:
     """Every Linear's result is right, by what went into it, and the logits are as near to the float model's.
 

@@ -248,7 +248,7 @@ def test_tests_go_on_behind_a_lost_gpu(everything: Any) -> None:
         commands.append(command)
         return answers[len(commands) - 1]
 
-    results = everything.run_tests(run, deadline=10.0, clock=lambda: 0.0)
+    results = everything.run_tests(run, "gpu", deadline=10.0, clock=lambda: 0.0)
     assert results == {
         "tests/test_gpu.py::a[1]": "PASSED",
         "tests/test_gpu.py::b": "FAILED",
@@ -267,9 +267,9 @@ def test_tests_do_not_go_on_for_ever(everything: Any) -> None:
         commands.append(command)
         return 86, ["tests/test_gpu.py::a FAILED"]
 
-    assert len(everything.run_tests(run, deadline=10.0, clock=lambda: 0.0)) == 1
+    assert len(everything.run_tests(run, "gpu", deadline=10.0, clock=lambda: 0.0)) == 1
     assert len(commands) == 2
-    assert everything.run_tests(run, deadline=10.0, clock=lambda: 11.0) == {}
+    assert everything.run_tests(run, "gpu", deadline=10.0, clock=lambda: 11.0) == {}
 
 
 def test_a_command_is_ended(everything: Any) -> None:

@@ -2,6 +2,7 @@
 
 ``python -P cache_worker.py PLAN``, a JSON object:
     jobs: list of ``[preset, options]``, compiled one after another.
+    device: optional, where they run.
     meet: optional, an empty folder that this process shares with one other: neither rewrites a graph before both have
         found that no cache has it.
     killed: optional, the moment at which this process and its children die, of the signal KILL:
@@ -28,13 +29,13 @@ from quark_inductor.lowering import target
 from quark_inductor.patterns import pipeline
 
 
-def compiled(preset: str, options: dict[str, Any]) -> dict[str, Any]:
+def compiled(preset: str, options: dict[str, Any], device: str) -> dict[str, Any]:
     """Compile one quantized Linear. The backend is given as a function: a copy of the package has no entry point."""
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    model = quark_inductor.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False)), preset)
-    x = torch.randn(3, 64)
+    model = quark_inductor.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False)), preset).to(device)
+    x = torch.randn(3, 64).to(device)
     with torch.no_grad(), pipeline.collect_results() as results:
         y = torch.compile(model, backend=quark, fullgraph=True, options=options)(x)
         eager = model(x)
@@ -120,5 +121,5 @@ if __name__ == "__main__":
         meet(Path(plan["meet"]))
     if plan.get("killed"):
         die_at(plan["killed"])
-    said = [compiled(*job) for job in plan["jobs"]]
+    said = [compiled(*job, plan.get("device", "cpu")) for job in plan["jobs"]]
     print(json.dumps({"file": quark_inductor.__file__, "isa": target.current().isa, "jobs": said}))

@@ -3,10 +3,11 @@
 A module of its own, given to tests by the fixture ``gemms``.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -302,6 +303,7 @@ class Gemms(nn.Module):
         self.pairs, self.oracle, self.step = pairs, oracle, step
         generator = torch.Generator().manual_seed(7)
         self.sizes = [self.size(i) for i in range(len(pairs))]
+        self.dtypes = [DTYPES[i % 3] for i in range(len(pairs))]
         self.weights = [
             weight_tensors(weight, *self.sizes[i], self.dtype(i), generator) for i, (weight, _) in enumerate(pairs)
         ]
@@ -349,7 +351,22 @@ class Gemms(nn.Module):
         return rows * -(-(1, 31, 32, 33, 70)[i % 5] // rows), k
 
     def dtype(self, i: int) -> torch.dtype:
-        return DTYPES[i % 3]
+        return self.dtypes[i]
+
+    def only(self, chosen: Sequence[int]) -> "Gemms":
+        """Some of these GEMMs, which share their tensors with these."""
+        some = copy.copy(self)
+        for name in ("pairs", "sizes", "dtypes", "weights", "biases", "values"):
+            setattr(some, name, [getattr(self, name)[i] for i in chosen])
+        return some
+
+    def on(self, device: str) -> "Gemms":
+        """These GEMMs with weights on a device; :meth:`check` and :meth:`check_either` are for those on CPU."""
+        there = copy.copy(self)
+        there.weights, there.biases = torch.utils._pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.weights, self.biases)
+        )
+        return there
 
     def inputs(self, *rows_of_each: int) -> list[dict[str, Tensor]]:
         """Of each GEMM the activation's tensors; the last number of rows is for the rest too."""
@@ -381,15 +398,23 @@ class Gemms(nn.Module):
         check = check_one_product if exactly else self.oracle.check_product
         self._check(outputs, lambda i, y: check(y, self.operand(i, inputs[i], y.dtype), self.values[i], self.biases[i]))
 
-    def check_either(self, inputs: list[dict[str, Tensor]], outputs: list[Tensor]) -> None:
-        """Each product is that of operands which are rounded as the emulation rounds them, or not at all."""
+    def check_either(
+        self, inputs: list[dict[str, Tensor]], outputs: list[Tensor], slack: Callable[[int], float] = lambda i: 0.0
+    ) -> None:
+        """Each product is that of operands which are rounded as the emulation rounds them, or not at all.
+
+        Args:
+            inputs: of each GEMM.
+            outputs: of each GEMM.
+            slack: of each GEMM by its index, see ``check_product`` in ``oracle.py``.
+        """
 
         def check(i: int, y: Tensor) -> None:
             errors = []
             for x_dtype, weight_dtype in itertools.product((y.dtype, torch.float32), repeat=2):
                 x, weight = self.operand(i, inputs[i], x_dtype), self.weight_value(i, weight_dtype)
                 try:
-                    return self.oracle.check_product(y, x, weight, self.biases[i])
+                    return self.oracle.check_product(y, x, weight, self.biases[i], slack(i))
                 except AssertionError as error:
                     errors.append(str(error))
             raise AssertionError(errors[-1])

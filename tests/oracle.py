@@ -279,20 +279,22 @@ def quantized_values(
         return rounded((codes - offset) * divisor, to).reshape(values.shape)
 
 
-def check_product(y: Tensor, x: np.ndarray, weight: np.ndarray, bias: Tensor | None) -> None:
+def check_product(y: Tensor, x: np.ndarray, weight: np.ndarray, bias: Tensor | None, slack: float = 0.0) -> None:
     """``|y - x @ weight.T - bias|`` within what float32 sums of operands exact in the dtype allow.
 
     A product of two numbers of a dtype is rounded once at most (float32: once, else not at all), then K additions and
     that of the bias in any order: ``gamma_n = n u / (1 - n u)`` for n = K + 2; then the cast to the result's dtype
     (whose subnormals have an absolute error, 2^-25 in float16; in the others the least float32 is far smaller than any
     number in the tests). Where a number of the exact result is not finite, that of ``y`` is not.
+
+    ``slack``: what instructions that sum in fewer bits may lose besides, relative to the sum of magnitudes.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         added = np.zeros(1) if bias is None else bias.double().numpy()
         x, weight = x.astype(np.float64), weight.astype(np.float64)
         exact = x @ weight.T + added
         n = x.shape[1] + 2
-        sums = n * U32 / (1 - n * U32) * (np.abs(x) @ np.abs(weight.T) + np.abs(added))
+        sums = (n * U32 / (1 - n * U32) + slack) * (np.abs(x) @ np.abs(weight.T) + np.abs(added))
         bound = sums + ROUNDING[y.dtype] * (np.abs(exact) + sums) + (2.0**-25 if y.dtype is torch.float16 else 0)
         error = np.abs(y.double().numpy() - exact)
     assert y.shape == exact.shape

@@ -1,12 +1,13 @@
 """Every private Inductor name the lowerings use, and what differs between torch 2.11 and 2.13. Imported lazily."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
 # First: it and cpp_gemm_template import each other, and only this order works.
 import torch._inductor.lowering  # noqa: F401  isort: skip
 
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._inductor import config, ir
 from torch._inductor.codegen import cpp
@@ -15,6 +16,8 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.codegen.subgraph import SubgraphTemplate
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import (
     add,
@@ -35,6 +38,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
+from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "DTYPE_TO_CPP",
@@ -63,6 +67,7 @@ __all__ = [
     "register_lowering",
     "select_choice",
     "static_size",
+    "subgraph_choice",
     "sum_",
     "sympy_index_symbol",
     "to_dtype",
@@ -114,6 +119,19 @@ def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: 
     """The IR node of the best choice."""
     result = autotune_select_algorithm(name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result  # torch 2.11 gives the node, 2.12 a (node, choice)
+
+
+def subgraph_choice(name: str, inputs: Sequence[Any], layout: Any, function: Callable[..., Any]) -> Any:
+    """A choice that computes a function of tensors as a graph of its own, in which nothing more is measured."""
+
+    def graph(*tensors: Any) -> Any:
+        with V.fake_mode:  # what the function creates must be fake too
+            return make_fx(function, select_decomp_table())(*tensors)
+
+    with enable_python_dispatcher():
+        choice = SubgraphTemplate(name).generate(name, list(inputs), layout, graph)
+    choice.config_patches = {"max_autotune": False, "max_autotune_gemm": False}
+    return choice
 
 
 def check_all_epilogues() -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from quark_inductor.lowering._inductor import (
 )
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.target import Target
+from quark_inductor.lowering.triton import whole
 from quark_inductor.lowering.triton.chips import CHIPS
 from quark_inductor.lowering.triton.forms import form_of
 from quark_inductor.lowering.triton.source import kernel
@@ -57,7 +59,12 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     strides = _strides(inputs)
     form = form_of(chip, problem)
-    tiles = tiles_for(chip, problem, form, most=bool(config.max_autotune or config.max_autotune_gemm))
+    measures = bool(config.max_autotune or config.max_autotune_gemm)
+    tiles = tiles_for(chip, problem, form, most=measures)
+    # A GEMM that quantizes is measured beside other ways, which give the result and no parts of it.
+    splits = tiles[0].parts > 1
+    if measures and problem.op == "prologue_gemm":
+        tiles = [replace(tile, parts=1) for tile in tiles]
     size: list[Any] = [inputs["x"].get_size()[0], problem.n]
     device, dtype = inputs["x"].get_device(), dtype_of(problem.dtype)
     parts = tiles[0].parts
@@ -65,7 +72,7 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     nodes, epilogue = list(inputs.values()), dict[str, Any]()
     if bias is not None and parts == 1:
         # Added before the sum is rounded.
-        nodes.append(expand(bias, size))
+        nodes += realized_inputs({"bias": expand(bias, size)}, ["bias"])
         epilogue = {"suffix_args": 1, "epilogue_fn": _add, "epilogue_fn_hash": "add"}
     choices: list[Any] = []
     for tile in tiles:
@@ -74,6 +81,9 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **constants, **epilogue)
         if error is not None:
             raise error
+    if measures and problem.op == "prologue_gemm":
+        names = [*inputs, *(["bias"] if len(nodes) > len(inputs) else [])]
+        choices += whole.choices(target, problem, dict(zip(names, nodes, strict=True)), layout, splits)
     y = select_choice(f"quark_{problem.op}", choices, nodes, layout)
     if parts == 1:
         return y

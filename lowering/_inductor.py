@@ -111,7 +111,7 @@ def lowered(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def called(op: Any, *args: Any) -> Any:
-    """The IR node of a call of an op that has no lowering. Tensors must have the strides that the op wants."""
+    """The IR node of a call of an op as it is. Tensors must have the strides that the op wants."""
     return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 

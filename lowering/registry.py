@@ -9,7 +9,7 @@ import torch
 
 from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering import target as targets
-from quark_inductor.lowering._inductor import config, counters, register_lowering, static_size
+from quark_inductor.lowering._inductor import called, config, counters, register_lowering, static_size
 from quark_inductor.lowering.base import gemm_problem, select
 from quark_inductor.lowering.quantize import PROVIDER as QUANTIZER
 from quark_inductor.lowering.quantize import quantizes
@@ -38,13 +38,9 @@ def kernel_counts() -> dict[str, int]:
 def _register_quantize() -> None:
     def lowering(x: Any, format: str, scale_rule: str, global_scale: Any = None) -> Any:
         target, k = targets.current(x.get_device().type), static_size(x.get_size()[-1])
-        refusal = quantizes(target, format, scale_rule, _dtype(x), k)
-        if refusal is not None:
-            # patterns/late_decomposition.py leaves none that has no kernel, so this is one made by somebody else.
-            raise QuarkInductorError(
-                f"quark_inductor::block_quantize to {format} has no kernel on {target}: {refusal.reason}. "
-                "Call quark_inductor.schemes.numerics.block.quantize instead"
-            )
+        if quantizes(target, format, scale_rule, _dtype(x), k) is not None:
+            # Not one of patterns/late_decomposition.py's: another backend compiles the op, and calls it.
+            return called(torch.ops.quark_inductor.block_quantize.default, x, format, scale_rule, global_scale)
         from quark_inductor.lowering.triton.quantize_template import lower
 
         counters["inductor"][count_key("block_quantize", QUANTIZER)] += 1

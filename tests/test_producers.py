@@ -29,8 +29,8 @@ from torch.fx import Graph
 import quark_inductor as qi
 from quark_inductor.lowering import target
 from quark_inductor.lowering.base import No
+from quark_inductor.lowering.providers import triton
 from quark_inductor.lowering.target import Target
-from quark_inductor.lowering.triton import Triton
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.testing import rewrite
 
@@ -232,7 +232,7 @@ def test_our_kernel_packs_on_a_gpu(
     """On a GPU that the kernels know; the GEMM is a call. What Inductor does in one kernel stays plain aten."""
     layer, inputs = Layer(producer, scheme, 4096), activations(64, 4096)
     graph = rewrite(layer, *inputs, dynamic=False, options={"quark.provider": materialized}).after
-    monkeypatch.setattr(Triton, "can_run", lambda self, target, problem: No("is not asked for GEMMs here"))
+    monkeypatch.setattr(triton.Triton, "can_run", lambda self, target, problem: No("is not asked for GEMMs here"))
     monkeypatch.setattr(target, "current", lambda device_type="cpu": Target(device_type="cuda", arch="gfx950"))
     with V.set_fake_mode(detect_fake_mode([node.meta["val"] for node in graph.find_nodes(op="placeholder")])):
         late_decomposition(graph)

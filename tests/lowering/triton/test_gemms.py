@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.providers import triton
 from quark_inductor.lowering.target import Target
-from quark_inductor.lowering.triton import Triton
 from quark_inductor.lowering.triton.chips import CHIPS
 
 q = torch.ops.quark_inductor
@@ -206,7 +206,7 @@ def test_refusals(target: Target, changes: dict[str, Any], reason: str) -> None:
     import dataclasses
     import re
 
-    provider = Triton()
+    provider = triton.Triton()
     assert provider.can_run(GFX950, PROBLEM) is None
     answer = provider.can_run(target, dataclasses.replace(PROBLEM, **changes))
     assert answer is not None

@@ -87,7 +87,7 @@ def block_codes(side: Side, format: str) -> list[str]:
     else:
         codes = load_rows(side)
     scales = _load(f"{side.pointer}_SCALE", side.index, f"(K // {f.size})", f.size)
-    # In this order the code for AMD's chips has the fewest registers and instructions.
+    # Loaded before the codes they cost fewer registers on AMD's chips.
     return [f"{side.name}_scale = {scales}", f"{side.name} = {codes}"]
 
 

@@ -32,6 +32,7 @@ class Operand:
         scale: in the loop, the name of the scales of a block-scaled tile.
         factors: of the product's rows or columns, float32, applied after the loop.
         partial: of the product of one step, applied in the loop.
+        partial_number: the same, but one number for the whole tile; ``""``: none.
         zero: the zero points of rows or columns of integers, int32, that are not in the tile; ``""``: none.
     """
 
@@ -40,6 +41,7 @@ class Operand:
     scale: str = "None"
     factors: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
+    partial_number: str = ""
     zero: str = ""
 
 
@@ -75,7 +77,7 @@ def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1) -> st
 
 
 def block_codes(side: Side, format: str) -> list[str]:
-    """Lines that load codes and scales of a block format: packed FP4, the numbers of FP6, FP8."""
+    """Lines that load scales and codes of a block format: packed FP4, the numbers of FP6, FP8."""
     f = BLOCK_FORMATS[format]
     if f.element == "fp4":
         codes = load_rows(side, 2)
@@ -85,7 +87,8 @@ def block_codes(side: Side, format: str) -> list[str]:
     else:
         codes = load_rows(side)
     scales = _load(f"{side.pointer}_SCALE", side.index, f"(K // {f.size})", f.size)
-    return [f"{side.name} = {codes}", f"{side.name}_scale = {scales}"]
+    # Loaded before the codes they cost fewer registers on AMD's chips.
+    return [f"{side.name}_scale = {scales}", f"{side.name} = {codes}"]
 
 
 def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, format: str, zero: float) -> None:

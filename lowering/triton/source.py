@@ -55,7 +55,7 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         names: of the tensors it gets, those of the op: ``"x"``, ``"weight"``, ...
     """
     has = frozenset(names)
-    a, b = activation(problem, form, has), weight(problem, form, strides, has)
+    a, b = activation(problem, form, has), weight(problem, form, strides, has, tile.n)
     head = _HEAD.format(names=", ".join(f'"{name.upper()}"' for name in names), n=problem.n, k=problem.k)
     if form.kind == "float":
         head += f"    DOT: tl.constexpr = {FLOATS[form.dot]}\n"
@@ -111,8 +111,14 @@ def _product(problem: GemmProblem, form: Form, a: Operand, b: Operand, swapped: 
     if form.kind == "fp8":
         # Hopper sums FP8 products in 14 bits: no more than those of a tile before they are added in float32.
         options = ", max_num_imprecise_acc=BLOCK_K"
-    if partial := [*a.partial, *b.partial]:
-        factors = (f"tl.trans({factor})" if swapped else factor for factor in partial)
+    partial, number = [*a.partial, *b.partial], b.partial_number
+    if number and partial:
+        # Fewer products than that of the tile with the number.
+        partial[0] = f"({partial[0]} * {number})"
+    factors = [f"tl.trans({factor})" if swapped else factor for factor in partial]
+    if number and not partial:
+        factors = [number]
+    if factors:
         return [f"acc += tl.dot({tiles}) * " + " * ".join(factors)]
     return [f"acc = tl.dot({tiles}, acc{options})"]
 

@@ -27,14 +27,17 @@ class Strides:
     zero_point: tuple[int, ...] = ()
 
 
-def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str]) -> Operand:
-    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if :func:`is_turned`; or its halves."""
+def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str], channels: int) -> Operand:
+    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if :func:`is_turned`; or its halves.
+
+    ``channels``: the value of ``BLOCK_N``.
+    """
     format = problem.weight_format
     side = Side(tile="b", name="w", index="n", rows="BLOCK_N", pointer="WEIGHT", stride=str(strides.rows))
     if format in BLOCK_FORMATS:
         return _block_weight(problem, form, side)
     if fp8_weight(format) is not None:
-        return _fp8_weight(problem, form, side)
+        return _fp8_weight(problem, form, side, channels)
     if format in INT4_FORMATS or format == "int4_fp8":
         return _int4_weight(problem, form, side)
     return _integer_weight(problem, form, strides, side, has)
@@ -54,32 +57,42 @@ def _block_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     return operand
 
 
-def _fp8_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
+def _fp8_weight(problem: GemmProblem, form: Form, side: Side, channels: int) -> Operand:
     operand = Operand()
     found = fp8_weight(problem.weight_format)
     assert found is not None
     block = found[1]
+    # One number for a tile that lies in a block.
+    is_number = block is not None and block[0] % channels == 0
     operand.loop.append(f"w = {load_rows(side)}")
     if block is not None:
         rows, columns = block
-        scale = f"tl.load(WEIGHT_SCALE + n // {rows} * {-(-problem.k // columns)} + k // {columns}).to(tl.float32)"
+        n = "pid_n * BLOCK_N" if is_number else "n"
+        scale = f"tl.load(WEIGHT_SCALE + {n} // {rows} * {-(-problem.k // columns)} + k // {columns}).to(tl.float32)"
         operand.loop.append(f"w_scale = {scale}")
     else:
         at = "WEIGHT_SCALE + n" if problem.weight_scale_ndim else "WEIGHT_SCALE"
         operand.before.append(f"w_scale = tl.load({at}).to(tl.float32)")
     native = form.kind == "fp8"
     value = "w" if native else fp8_numbers("w", "fp8_e5m2" if "e5m2" in problem.weight_format else "fp8_e4m3", form)
-    _finish_scaled(operand, problem, value, grouped=block is not None, native=native)
+    per_channel = block is not None or problem.weight_scale_ndim > 0
+    _finish_scaled(operand, problem, value, block is not None, native, per_channel and not is_number)
     return operand
 
 
-def _finish_scaled(operand: Operand, problem: GemmProblem, value: str, grouped: bool, native: bool) -> None:
+def _finish_scaled(
+    operand: Operand, problem: GemmProblem, value: str, grouped: bool, native: bool, per_channel: bool
+) -> None:
     """A weight, as codes or as float32, whose scale ``w_scale`` is a number or one of each channel."""
-    per_channel = grouped or problem.weight_scale_ndim > 0
     of_columns = "w_scale[None, :]" if per_channel else "w_scale"
     if native:
         operand.loop.append(f"b = {value}")
-        (operand.partial if grouped else operand.factors).append(of_columns)
+        if not grouped:
+            operand.factors.append(of_columns)
+        elif per_channel:
+            operand.partial.append(of_columns)
+        else:
+            operand.partial_number = of_columns
     elif grouped or problem.rounds:
         of_rows = "w_scale[:, None]" if per_channel else "w_scale"
         operand.loop.append(f"b = ({value} * {of_rows}).to(DOT)")
@@ -113,7 +126,7 @@ def _integer_weight(problem: GemmProblem, form: Form, strides: Strides, side: Si
     value = "w.to(tl.float32)"
     if zero:
         value = f"(w.to(tl.float32) - {'w_zero[:, None]' if ndim else 'w_zero'})"
-    _finish_scaled(operand, problem, value, grouped, native=False)
+    _finish_scaled(operand, problem, value, grouped, native=False, per_channel=ndim > 0)
     return operand
 
 

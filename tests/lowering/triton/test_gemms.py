@@ -123,6 +123,28 @@ def test_k_is_split(
     model.check_either(inputs, run_one(on_gpu, model, arch, inputs))
 
 
+@pytest.mark.parametrize("precise", [False, True], ids=["", "emulate_precision_casts"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "sm_90", "sm_100"])
+def test_tiles_lie_in_blocks(
+    on_gpu: Callable[..., list[Tensor]], gemms: ModuleType, oracle: ModuleType, arch: str, precise: bool
+) -> None:
+    """A block of the weight is as high as a tile, or higher: its scale is one number. N ends within a block."""
+
+    class Wide(gemms.Gemms):  # type: ignore[misc, name-defined]
+        def size(self, i: int) -> tuple[int, int]:
+            return 330, 256
+
+        def dtype(self, i: int) -> torch.dtype:
+            return torch.bfloat16
+
+    for rule, by, m in (("amax", "group", 5), ("", "group", 130), ("", "token", 130), ("given", "tensor", 17)):
+        x = gemms.Activation("fp8_e4m3", rule, by, 128 if by == "group" else 0)
+        model = Wide([(gemms.Weight("fp8_e4m3_128x128"), x)], oracle)
+        inputs = model.inputs(m)
+        outputs = run_one(on_gpu, model, arch, inputs, emulate_precision_casts=precise)
+        (model.check if precise else model.check_either)(inputs, outputs)
+
+
 def mxfp4(m: int, n: int = 96, k: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(m)
     weight = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)

@@ -1,26 +1,30 @@
-"""Provider ``aiter``: the Triton GEMMs of AMD's AITER, on gfx942 and gfx950, where that library is installed.
+"""Provider ``aiter``: the GEMMs of AMD's AITER, on gfx942 and gfx950, where that library is installed.
 
 AITER (https://github.com/ROCm/aiter, distributed as ``amd-aiter``) is looked for by its files and imported when a
 kernel first runs; the package ``aiter`` on PyPI is somebody else's. Each GEMM is an op of this package around AITER's
 wrapper: the ops that AITER registers claim to write all that they read, and other wrappers are plain Python.
 
-Beside them :func:`shuffle_weight` and :func:`shuffle_scale`, the layouts in which AITER's preshuffled and assembler
-kernels read a weight, with their inverses. No kernel here takes them yet.
+Most are Triton's. On gfx950 MXFP4 by MXFP4 also has an assembler kernel and Triton ones that read codes and scales in
+one and the same shuffled order: :class:`Aiter16x16`, the layout of such weights where AITER has all three.
 """
 
+import ast
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.layout import Layout, Stored, register_layout
 from quark_inductor.schemes.ops import NAMESPACE, dtype_of, lib
 
 # What runs where. FP4 has no instructions before gfx950; the FP8 of gfx942 is "fnuz".
@@ -30,6 +34,15 @@ ARCHS: Mapping[str, tuple[str, ...]] = {
     "gemm_a8wfp4": ("gfx950",),
     "gemm_a8w8": ("gfx942", "gfx950"),
     "gemm_a8w8_blockscale": ("gfx942", "gfx950"),
+    "gemm_a4w4": ("gfx950",),
+    "gemm_afp4wfp4_preshuffle": ("gfx950",),
+    "gemm_a16wfp4_preshuffle": ("gfx950",),
+}
+# Those that read a packed weight: their module in ``aiter.ops``, and an argument that older versions do not have.
+PACKED: Mapping[str, tuple[str, str]] = {
+    "gemm_a4w4": ("gemm_op_a4w4", "dtype"),
+    "gemm_afp4wfp4_preshuffle": ("triton.gemm.basic.gemm_afp4wfp4", "skip_reduce"),
+    "gemm_a16wfp4_preshuffle": ("triton.gemm.basic.gemm_a16wfp4", "prequant"),
 }
 FP8: Mapping[str, str] = {"gfx942": "fp8_e4m3fnuz", "gfx950": "fp8_e4m3"}
 # The most tokens that a GEMM quantizes itself: each of its tiles along N does it again. Not measured.
@@ -37,6 +50,8 @@ FEW_TOKENS = 64
 _URL = "https://github.com/ROCm/aiter"
 # Newer first: there the former are aliases.
 _FOLDERS = ("gemm/basic", "")
+# The tiles of gemm_a4w4 are multiples of it wide and have no ragged edge along N; blocks of scales are 8 wide.
+_N, _K = 128, 256
 
 
 # --- what is installed
@@ -52,12 +67,27 @@ def modules() -> Mapping[str, str] | No:
         root = Path(location, "ops", "triton")
         if root.is_dir():
             found = {}
-            for name in ARCHS:
+            for name in ARCHS.keys() - PACKED.keys():
                 folder = next((f for f in _FOLDERS if (root / f / f"{name}.py").is_file()), None)
                 if folder is not None:
                     found[name] = ".".join(("aiter", "ops", "triton", *folder.split("/"), name)).replace("..", ".")
-            return found
+            for name, (module, argument) in PACKED.items():
+                file = Path(location, "ops", *module.split(".")).with_suffix(".py")
+                if _takes(file, name, argument) and (name != "gemm_a4w4" or os.environ.get(_TRITON_ONLY) != "1"):
+                    found[name] = f"aiter.ops.{module}"
+            return {name: found[name] for name in ARCHS if name in found}
     return No(f"the package aiter that is installed is not AMD's: see {_URL}")
+
+
+_TRITON_ONLY = "AITER_TRITON_ONLY"
+
+
+def _takes(file: Path, function: str, argument: str) -> bool:
+    """Whether a file defines a function that has an argument."""
+    if not file.is_file():
+        return False
+    defined = [d for d in ast.parse(file.read_bytes()).body if isinstance(d, ast.FunctionDef) and d.name == function]
+    return any(argument == a.arg for d in defined for a in d.args.args)
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -143,6 +173,45 @@ def gemm_a8w8_blockscale(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scal
     return y
 
 
+def gemm_a4w4(x: Tensor, x_scale: Tensor, packed: Tensor, n: int, out_dtype: str) -> Tensor:
+    """:func:`gemm_afp4wfp4` by a weight in the layout :class:`Aiter16x16`, in assembler: ``[M, n]``.
+
+    Args:
+        x: uint8 ``[M, K / 2]``.
+        x_scale: uint8 ``[M, K / 32]``.
+        packed: the weight ``[n, K]`` and its scales.
+        n: output features.
+        out_dtype: ``"bfloat16"``.
+    """
+    function = _function("gemm_a4w4")
+    dtypes = importlib.import_module("aiter.utility.dtypes")
+    codes, scales = _parts(packed, n, x.shape[1])
+    # It insists on these dtypes. A bias it gives to some of its kernels only.
+    y: Tensor = function(
+        *(t.view(dtypes.fp4x2) for t in (x, codes)),
+        *(t.view(dtypes.fp8_e8m0) for t in (shuffle_scale(x_scale), scales)),
+        dtype=dtype_of(out_dtype),
+        bpreshuffle=True,
+    )
+    return y
+
+
+def gemm_afp4wfp4_preshuffle(x: Tensor, x_scale: Tensor, packed: Tensor, n: int, out_dtype: str) -> Tensor:
+    """:func:`gemm_a4w4` in Triton, with results in bfloat16 or float16."""
+    codes, scales = _panels(packed, n, x.shape[1])
+    # It reads those of less than 32 rows as they are.
+    x_scales = x_scale if x.shape[0] < 32 else shuffle_scale(x_scale).view(-1, 2 * x.shape[1])
+    y: Tensor = _function("gemm_afp4wfp4_preshuffle")(x, codes, x_scales, scales, dtype=dtype_of(out_dtype))
+    return y
+
+
+def gemm_a16wfp4_preshuffle(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    """:func:`gemm_a16wfp4` by a weight in the layout :class:`Aiter16x16`."""
+    codes, scales = _panels(packed, n, x.shape[1] // 2)
+    y: Tensor = _function("gemm_a16wfp4_preshuffle")(x, codes, scales, prequant=True, dtype=x.dtype)
+    return y
+
+
 def _fake(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype))
 
@@ -170,6 +239,17 @@ _register(
     gemm_a16wfp4,
     "Tensor x, Tensor weight, Tensor weight_scale",
     lambda x, weight, weight_scale: x.new_empty((x.shape[0], weight.shape[0])),
+)
+for _gemm_of_packed in (gemm_a4w4, gemm_afp4wfp4_preshuffle):
+    _register(
+        _gemm_of_packed,
+        "Tensor x, Tensor x_scale, Tensor packed, int n, str out_dtype",
+        lambda x, x_scale, packed, n, out_dtype: x.new_empty((x.shape[0], n), dtype=dtype_of(out_dtype)),
+    )
+_register(
+    gemm_a16wfp4_preshuffle,
+    "Tensor x, Tensor packed, int n",
+    lambda x, packed, n: x.new_empty((x.shape[0], n)),
 )
 
 
@@ -215,6 +295,12 @@ class Aiter(Provider):
         )
         if problem.x_format != "mxfp4":
             x_scale = in_float32("x_scale", [x.get_size()[0], 1])
+        if problem.layout:
+            if gemm == "gemm_a16wfp4_preshuffle":
+                y = called(op, contiguous(x), contiguous(weight), problem.n)
+            else:
+                y = called(op, *map(contiguous, (x, x_scale, weight)), problem.n, problem.dtype)
+            return y if bias is None else lowered(aten.add.Tensor, y, bias)
         if problem.weight_format != "mxfp4":
             weight_scale = in_float32("weight_scale", [1, problem.n])
         if gemm == "gemm_a16wfp4":
@@ -233,7 +319,7 @@ class Aiter(Provider):
 
 def gemm_for(target: Target, problem: GemmProblem) -> str | No:
     """The name of AITER's function for a problem on an architecture of :data:`FP8`, or why it has none."""
-    if problem.layout or problem.experts:
+    if problem.layout not in ("", Aiter16x16.name) or problem.experts:
         return No(f"has no kernel for {f'the layout {problem.layout}' if problem.layout else 'experts'}")
     if problem.dtype not in ("bfloat16", "float16"):
         return No(f"the result's dtype is {problem.dtype}; it makes bfloat16, float16")
@@ -244,7 +330,11 @@ def gemm_for(target: Target, problem: GemmProblem) -> str | No:
         if problem.m is None or problem.m > FEW_TOKENS:
             known = "not known" if problem.m is None else problem.m
             return No(f"quantizes up to {FEW_TOKENS} tokens in the GEMM, M is {known}")
-        return "gemm_a16wfp4"
+        return "gemm_a16wfp4_preshuffle" if problem.layout else "gemm_a16wfp4"
+    if problem.layout:
+        if (problem.op, x, weight) != ("quantized_gemm", "mxfp4", "mxfp4"):
+            return No(f"has no kernel for {problem} in the layout {problem.layout}")
+        return "gemm_a4w4" if problem.dtype == "bfloat16" else "gemm_afp4wfp4_preshuffle"
     if problem.op == "quantized_gemm":
         if "fp8_e4m3" in x and x != fp8:
             return No(f"{target.arch} multiplies {fp8}, the activation is {x}")
@@ -265,11 +355,61 @@ def gemm_for(target: Target, problem: GemmProblem) -> str | No:
 _BLOCK = 128
 
 
-# --- layouts
+# --- the layout
+
+
+@register_layout
+class Aiter16x16(Layout):
+    """MXFP4 weights for MXFP4 activations: ``[N K / 2 + ceil(N / 256) 256 K / 32]`` bytes.
+
+    First those of :func:`shuffle_weight`, then those of :func:`shuffle_scale`. The functions of :data:`PACKED` read the
+    same bytes: AITER's ``e8m0_shuffle`` and its ``shuffle_scale_gemm`` differ in the padding of N only.
+    """
+
+    name = "aiter_16x16"
+    device_type = "cuda"
+    rows = 0
+
+    def refuses(self, tensors: Sequence[Tensor], stored: Stored) -> str | None:
+        """MXFP4 both, whole tiles, and an AITER that runs on such weights all that it runs on others."""
+        if (stored.format, stored.activation) != ("mxfp4", "mxfp4"):
+            return f"of weight and activation, {stored.format} and {stored.activation or 'a float'}, both must be mxfp4"
+        n, k = stored.shape[0], 2 * stored.shape[1]
+        if n % _N or k % _K:
+            return f"its {n} x {k} elements are not made of tiles of {_N} x {_K}"
+        if (arch := targets.current(self.device_type).arch) != "gfx950":
+            return f"its kernels run on gfx950, the device is {arch}"
+        found = modules()
+        if isinstance(found, No):
+            return found.reason
+        missing = [name for name in PACKED if name not in found]
+        return f"the AITER that is installed has no {', '.join(missing)}" if missing else None
+
+    def pack(self, tensors: Sequence[Tensor], stored: Stored) -> Tensor:
+        """See :class:`.Layout`."""
+        codes, scales = tensors
+        return torch.cat((shuffle_weight(codes).flatten(), shuffle_scale(scales).flatten()))
+
+    def unpack(self, packed: Tensor, stored: Stored) -> list[Tensor]:
+        """See :class:`.Layout`."""
+        n, columns = stored.shape
+        codes, scales = _parts(packed, n, columns)
+        return [unshuffle_weight(codes), unshuffle_scale(scales, n, columns // 16)]
+
+
+def _parts(packed: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Codes ``[n, columns]``, two a byte, and scales ``[rows, columns / 16]``, of n rows and padding."""
+    return packed[: n * columns].view(n, columns), packed[n * columns :].view(-1, columns // 16)
+
+
+def _panels(packed: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales as AITER's Triton kernels take them: 16 and 32 rows in one."""
+    codes, scales = _parts(packed, n, columns)
+    return codes.view(n // 16, -1), scales[:n].view(n // 32, -1)
 
 
 def shuffle_weight(weight: Tensor) -> Tensor:
-    """A weight's bytes as AITER's preshuffled kernels read them: tiles of 16 rows by 32 bytes, in halves of 16 bytes.
+    """A weight's bytes as those kernels read them: tiles of 16 rows by 32 bytes, in halves of 16 bytes.
 
     Args:
         weight: 8-bit ``[N, bytes]``, N a multiple of 16, bytes one of 32; FP4 has two elements a byte.
@@ -293,7 +433,7 @@ def unshuffle_weight(shuffled: Tensor) -> Tensor:
 
 
 def shuffle_scale(scale: Tensor) -> Tensor:
-    """E8M0 scales as AITER's preshuffled kernels read them: tiles of 32 rows by 8 blocks.
+    """E8M0 scales as those kernels read them: tiles of 32 rows by 8 blocks.
 
     Args:
         scale: uint8 ``[rows, blocks]``.

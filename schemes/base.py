@@ -56,6 +56,11 @@ class QuarkScheme(ABC):
         assert self.spec.weight is not None
         return self.spec.weight
 
+    @property
+    def activation(self) -> str:
+        """The format of the quantized input, as :mod:`.operands` names it; ``""``: it stays as it is."""
+        return "" if self.spec.input is None else self.spec.input.block_format or self.spec.input.dtype
+
     @classmethod
     @abstractmethod
     def refuses(cls, spec: LinearSpec) -> str | None:
@@ -332,6 +337,8 @@ class QuarkLinear(nn.Module):
             ``None``, or why they stay as they are: nothing is merged that would change a number.
         """
         packed, widths = linears[0].packed, [m.out_features for m in linears]
+        if packed is not None and not packed[0].rows:
+            return f"they are packed as {packed[0].name}, of which no part is a weight"
         if packed is not None and any(width % packed[0].rows for width in widths[:-1]):
             return f"{widths} output features are packed by {packed[0].rows}, which must divide them"
         for m in linears:

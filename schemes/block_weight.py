@@ -47,7 +47,7 @@ class BlockWeightScheme(QuarkScheme):
 
     def stored(self, layer: Any) -> Stored:
         """Codes ``[N, packed(K)]``."""
-        return Stored(format=self.format, shape=tuple(layer.weight.shape))
+        return Stored(format=self.format, shape=tuple(layer.weight.shape), activation=self.activation)
 
     def quantize_blocks(
         self, weight: Tensor, scale_rule: str, global_scale: Tensor | None = None

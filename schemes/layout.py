@@ -23,11 +23,14 @@ class Stored:
         format: the weight's format, see :mod:`.operands`.
         shape: of the tensor of codes.
         transposed: whether that is ``[K, N]`` (4-bit integers: ``[K, N / 8]``) and not ``[N, K]``.
+        activation: the format of what it is multiplied with, ``""`` if that is not quantized. A layout may refuse a
+            weight for it; :meth:`Layout.unpack` does not know it.
     """
 
     format: str
     shape: tuple[int, ...]
     transposed: bool = False
+    activation: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,7 +44,7 @@ class Layout(ABC):
     Attributes:
         name: what ops carry.
         device_type: where weights are packed so when they are loaded.
-        rows: output features in one entry of a packed tensor's first dimension.
+        rows: output features in one entry of a packed tensor's first dimension; 0: no part of it is a packed weight.
     """
 
     name: ClassVar[str]

@@ -64,7 +64,7 @@ class QuarkW4A8_INT4_FP8(QuarkScheme):
         """Codes ``[N, K/8]``."""
         if self.spec.pack_method != "reorder":
             return None
-        return Stored(format="int4_fp8", shape=tuple(layer.weight.shape))
+        return Stored(format="int4_fp8", shape=tuple(layer.weight.shape), activation=self.activation)
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``((code - zero_point) * weight_scale_2) * weight_scale`` in float32, then one cast."""

@@ -92,7 +92,9 @@ class QuarkW8A8Fp8(QuarkScheme):
         format = fp8_format(layer.weight.dtype)
         if self.weight.block_size is not None and self.weight.block_size[1] % 8:
             return None
-        return None if format is None else Stored(format=format, shape=tuple(layer.weight.shape))
+        if format is None:
+            return None
+        return Stored(format=format, shape=tuple(layer.weight.shape), activation=self.activation)
 
     def quantize_weight(self, weight: Tensor) -> Mapping[str, Tensor]:
         """``scale = amax / 448`` (E5M2: 57344) per tensor, row or block, codes rounded half to even.

@@ -85,7 +85,9 @@ class QuarkW8A8Int8(QuarkScheme):
         by_groups = self.weight.group_size is not None
         if (self.weight.group_size or 0) % 8:
             return None
-        return Stored(format=self.weight.dtype, shape=tuple(layer.weight.shape), transposed=by_groups)
+        return Stored(
+            format=self.weight.dtype, shape=tuple(layer.weight.shape), transposed=by_groups, activation=self.activation
+        )
 
     def dequantize_weight(self, layer: Any, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale`` in float32, then one cast."""

@@ -4,6 +4,7 @@ Written into a package ``aiter`` by ``test_aiter.py``. Independent of the packag
 tables and products summed in float64.
 """
 
+import numpy as np
 import torch
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -64,3 +65,88 @@ def gemm_a8w8_blockscale(x, w, x_scale, w_scale, dtype=torch.bfloat16, y=None, c
     left = x.double() * x_scale.double().repeat_interleave(128, 1)
     right = w.double() * w_scale.double().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)
     return (left @ right.T).to(dtype)
+
+
+# --- packed weights, read byte by byte
+
+
+def tiled_weight(shuffled, n, columns):
+    """``[n, columns]``: each 16 rows, of 32 bytes the first 16 of every row, then the other 16."""
+    flat, plain = shuffled.flatten().numpy(), np.empty((n, columns), np.uint8)
+    assert flat.size == plain.size
+    for row in range(n):
+        for b in range(columns):
+            tile = row // 16 * (columns // 32) + b // 32
+            plain[row, b] = flat[tile * 512 + b % 32 // 16 * 256 + row % 16 * 16 + b % 16]
+    return torch.from_numpy(plain)
+
+
+def tiled_scales(shuffled, rows, blocks):
+    """``[rows, blocks]``: each 32 rows and 8 blocks, rows r and r + 16 and blocks b and b + 4 side by side."""
+    flat, plain = shuffled.flatten().numpy(), np.empty((rows, blocks), np.uint8)
+    assert flat.size >= plain.size
+    for row in range(rows):
+        for b in range(blocks):
+            tile = row // 32 * (blocks // 8) + b // 8
+            plain[row, b] = flat[tile * 256 + b % 4 * 64 + row % 16 * 4 + b % 8 // 4 * 2 + row % 32 // 16]
+    return torch.from_numpy(plain)
+
+
+def gemm_a4w4(
+    A,
+    B,
+    A_scale,
+    B_scale,
+    bias=None,
+    dtype=torch.bfloat16,
+    alpha=1.0,
+    beta=0.0,
+    bpreshuffle=True,
+    apreshuffle=False,
+    global_A_scale=None,
+    global_B_scale=None,
+):
+    (m, columns), n = A.shape, B.shape[0]
+    assert A.dtype == B.dtype == torch.float4_e2m1fn_x2
+    assert A_scale.dtype == B_scale.dtype == torch.float8_e8m0fnu
+    assert A_scale.shape == (-(-m // 256) * 256, columns // 16)
+    assert B_scale.shape == (-(-n // 256) * 256, columns // 16)
+    assert all(t.is_contiguous() for t in (A, B, A_scale, B_scale))
+    assert (B.shape[1], n % 128, columns % 128) == (columns, 0, 0)
+    assert (dtype, bias, alpha, beta, bpreshuffle, apreshuffle) == (torch.bfloat16, None, 1, 0, True, False)
+    a, b, a_scale, b_scale = (t.view(torch.uint8) for t in (A, B, A_scale, B_scale))
+    left = fp4(a) * e8m0(tiled_scales(a_scale, m, columns // 16))
+    right = fp4(tiled_weight(b, n, columns)) * e8m0(tiled_scales(b_scale, n, columns // 16))
+    # What lies behind the last row is written too.
+    out = torch.full((-(-m // 32) * 32, n), torch.nan, dtype=dtype)
+    out[:m] = left @ right.T
+    return out[:m]
+
+
+def preshuffled(w, w_scales):
+    """The values ``[N, K]`` of a weight ``[N / 16, 16 K / 2]`` with scales ``[N / 32, K]``."""
+    assert w.dtype == w_scales.dtype == torch.uint8
+    n, columns = w.shape[0] * 16, w.shape[1] // 16
+    assert (n % 32, columns % 128, w_scales.shape) == (0, 0, (n // 32, 2 * columns))
+    return fp4(tiled_weight(w, n, columns)) * e8m0(tiled_scales(w_scales, n, columns // 16))
+
+
+def gemm_afp4wfp4_preshuffle(
+    x_fp4, w_preshuf, x_scales, w_scales, dtype=torch.bfloat16, y=None, config=None, skip_reduce=False
+):
+    m, columns = x_fp4.shape
+    assert x_fp4.dtype == x_scales.dtype == torch.uint8
+    if m < 32:
+        assert x_scales.shape == (m, columns // 16)
+    else:
+        assert x_scales.shape == (-(-m // 256) * 8, 2 * columns)
+        x_scales = tiled_scales(x_scales, m, columns // 16)
+    return ((fp4(x_fp4) * e8m0(x_scales)) @ preshuffled(w_preshuf, w_scales).T).to(dtype)
+
+
+def gemm_a16wfp4_preshuffle(
+    x, w, w_scales, prequant=True, dtype=torch.bfloat16, y=None, config=None, skip_reduce=False
+):
+    assert prequant
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    return (mxfp4(x) @ preshuffled(w, w_scales).T).to(dtype)

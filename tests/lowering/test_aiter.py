@@ -1,5 +1,6 @@
 """AITER without AITER: a package of its name, with its signatures, stands in (``fake_aiter.py``)."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -8,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import quark_inductor as qi
 from quark_inductor.lowering import aiter, target
-from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, Aiter
+from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, PACKED, Aiter, Aiter16x16
 from quark_inductor.lowering.base import GemmProblem, No, provider_keys
+from quark_inductor.lowering.cpp.panel64 import Panel64
 from quark_inductor.lowering.target import Target
+from quark_inductor.patterns import late_decomposition
+from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.layout import Stored, layout_for
 
 Q = torch.ops.quark_inductor
 FP8 = torch.float8_e4m3fn
@@ -37,8 +43,17 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         root = tmp_path / "aiter"
         (root / "ops/triton" / folder).mkdir(parents=True)
         (root / "__init__.py").write_text(init)
-        shutil.copy(Path(__file__).with_name("fake_aiter.py"), root / "ops/triton/fake_aiter.py")
-        for name in gemms:
+        fake = Path(__file__).with_name("fake_aiter.py")
+        shutil.copy(fake, root / "ops/triton/fake_aiter.py")
+        (root / "utility").mkdir()
+        dtypes = "import torch\nfp4x2, fp8_e8m0 = torch.float4_e2m1fn_x2, torch.float8_e8m0fnu\n"
+        (root / "utility/dtypes.py").write_text(dtypes)
+        for name in sorted(gemms, key=list(ARCHS).index):
+            if name in PACKED:  # in a file with others, which defines it
+                file = root.joinpath("ops", *PACKED[name][0].split(".")).with_suffix(".py")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(fake, file)
+                continue
             line = f"from aiter.ops.triton.fake_aiter import {name}\n"
             (root / "ops/triton" / folder / f"{name}.py").write_text(line)
         forget()
@@ -101,6 +116,41 @@ def test_it_is_found_and_not_imported(
     assert found == {"gemm_afp4wfp4": f"aiter.ops.triton{'.gemm.basic' if folder else ''}.gemm_afp4wfp4"}
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        ("dtype=torch.bfloat16,\n    alpha", "out=None,\n    alpha", ["gemm_a4w4"]),
+        ("prequant=True, ", "", ["gemm_a16wfp4_preshuffle"]),
+        (
+            "def gemm_afp4wfp4_preshuffle(",
+            "def gemm_afp4wfp4_preshuffled_weight_scales(",
+            ["gemm_afp4wfp4_preshuffle"],
+        ),
+        ("def gemm_", "def _gemm_", list(PACKED)),
+    ],
+)
+def test_other_signatures(tmp_path: Path, package: Callable[..., None], old: str, new: str, missing: list[str]) -> None:
+    """A file that is there may be of a version whose function takes other arguments, or has another name."""
+    package(*ARCHS)
+    for file in {
+        tmp_path.joinpath("aiter/ops", *module.split(".")).with_suffix(".py") for module, _ in PACKED.values()
+    }:
+        file.write_text(file.read_text().replace(old, new))
+    aiter.modules.cache_clear()
+    found = aiter.modules()
+    assert not isinstance(found, No)
+    assert [name for name in PACKED if name not in found] == missing
+    assert "aiter" not in sys.modules
+
+
+def test_triton_only(package: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the assembler kernels are there, and nothing to call them with."""
+    monkeypatch.setenv("AITER_TRITON_ONLY", "1")
+    package(*ARCHS)
+    assert Aiter().found() == tuple(name for name in ARCHS if name != "gemm_a4w4")
+    assert answer(**PACK) == "the AITER that is installed has no gemm_a4w4"
+
+
 def test_an_older_one(package: Callable[..., None]) -> None:
     package("gemm_afp4wfp4", folder="")
     prologue = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
@@ -125,6 +175,7 @@ IN_FP8 = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3", **BY_ROWS}
 IN_FNUZ = {"x_format": "fp8_e4m3fnuz", "weight_format": "fp8_e4m3fnuz", **BY_ROWS}
 BLOCKS = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3_128x128", "x_columns": 128}
 INT8 = {"x_format": "int8", "weight_format": "int8", **BY_ROWS}
+PACK = {"layout": "aiter_16x16", "n": 128}
 PROLOGUE = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
 
 
@@ -135,6 +186,9 @@ PROLOGUE = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
         (GFX950, {}),
         (GFX950, {"dtype": "float16", "m": None}),
         (GFX950, PROLOGUE),
+        (GFX950, PACK),
+        (GFX950, {**PACK, "dtype": "float16", "m": None}),
+        (GFX950, {**PACK, **PROLOGUE}),
         (GFX950, {"x_format": "fp8_e4m3", "x_granularity": "per_tensor"}),
         (GFX950, {"x_format": "fp8_e4m3", "x_granularity": "per_token"}),
         (GFX950, IN_FP8),
@@ -161,6 +215,19 @@ def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
         (GFX942, IN_FP8, "gfx942 multiplies fp8_e4m3fnuz, the activation is fp8_e4m3"),
         (GFX950, IN_FNUZ, "gfx950 multiplies fp8_e4m3, the activation is fp8_e4m3fnuz"),
         (GFX950, {"layout": "panel64"}, "has no kernel for the layout panel64"),
+        (GFX942, {"layout": "aiter_16x16"}, "gemm_a4w4 runs on gfx950, the device is gfx942"),
+        (GFX950, {**PACK, "dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
+        (GFX950, {**PACK, **PROLOGUE, "m": 65}, "quantizes up to 64 tokens in the GEMM, M is 65"),
+        (
+            GFX950,
+            {**PACK, "x_format": "fp8_e4m3", "x_granularity": "per_token"},
+            "has no kernel for quantized_gemm of fp8_e4m3 and mxfp4 in the layout aiter_16x16",
+        ),
+        (
+            GFX950,
+            {**PACK, **PROLOGUE, "scale_rule": "floor"},
+            "has no kernel for prologue_gemm of mxfp4 floor and mxfp4 in the layout aiter_16x16",
+        ),
         (GFX950, {"experts": 8}, "has no kernel for experts"),
         (GFX950, {"dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
         (GFX950, {**PROLOGUE, "m": None}, "quantizes up to 64 tokens in the GEMM, M is not known"),
@@ -215,6 +282,8 @@ def case(gemm: str, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> 
     """The fused op and arguments that a GEMM of AITER's computes."""
     torch.manual_seed(0)
     name = str(dtype).removeprefix("torch.")
+    if gemm.partition(" ")[0] in PACKED:
+        return packed_case(gemm, dtype, bias)
     added = torch.randn(N).to(dtype) if bias else None
     weight = codes(N, K // 2), scales(N, K // 32), None, None, added
     if gemm == "gemm_a16wfp4":
@@ -247,6 +316,24 @@ def case(gemm: str, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> 
     return "quantized_gemm", [x, x_scale, None, None, w, w_scale, None, None, added, format, format, name]
 
 
+# Output features of a packed weight: less than 256, to which its scales are padded.
+PACKED_N = 128
+
+
+def packed_case(gemm: str, dtype: torch.dtype, bias: bool) -> tuple[str, list[Any]]:
+    """The same of a weight in the layout."""
+    m = int(gemm.partition(" ")[2] or M)
+    stored = Stored(format="mxfp4", shape=(PACKED_N, K // 2), activation="mxfp4")
+    packed = Aiter16x16().pack((codes(PACKED_N, K // 2), scales(PACKED_N, K // 32)), stored)
+    rest = packed, None, None, None, torch.randn(PACKED_N).to(dtype) if bias else None
+    where = Aiter16x16.name, *stored.shape
+    if gemm == "gemm_a16wfp4_preshuffle":
+        x = torch.randn(m, K).to(dtype)
+        return "prologue_gemm", [x, None, None, None, *rest, "mxfp4", "even", 0, "mxfp4", *where]
+    x, x_scale, name = codes(m, K // 2), scales(m, K // 32), str(dtype).removeprefix("torch.")
+    return "quantized_gemm", [x, x_scale, None, None, *rest, "mxfp4", "mxfp4", name, *where]
+
+
 CASES = [
     "gemm_afp4wfp4",
     "gemm_a16wfp4",
@@ -256,6 +343,11 @@ CASES = [
     "gemm_a8w8 tensor",
     "gemm_a8w8 int8",
     "gemm_a8w8_blockscale",
+    "gemm_a4w4",
+    "gemm_a4w4 300",
+    "gemm_afp4wfp4_preshuffle",
+    "gemm_afp4wfp4_preshuffle 40",
+    "gemm_a16wfp4_preshuffle",
 ]
 
 
@@ -263,6 +355,13 @@ CASES = [
 def mi350(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device says that it is an MI350, whatever it is."""
     monkeypatch.setattr(target, "current", lambda device_type="cpu": GFX950)
+
+
+def results(gemm: str) -> list[torch.dtype]:
+    """The dtypes that a GEMM makes where it is chosen."""
+    if gemm.startswith("gemm_a4w4"):
+        return [torch.bfloat16]
+    return [torch.float16] if gemm.startswith("gemm_afp4wfp4_preshuffle") else [torch.bfloat16, torch.float16]
 
 
 def close(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -277,8 +376,7 @@ def close(y: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("installed", "mi350")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("gemm", CASES)
+@pytest.mark.parametrize(("gemm", "dtype"), [(gemm, dtype) for gemm in CASES for dtype in results(gemm)], ids=str)
 def test_numbers(compiled: Callable[..., Any], gemm: str, dtype: torch.dtype, bias: bool) -> None:
     """Through the lowering: scales in the shapes and dtypes AITER wants, and the bias."""
     op, args = case(gemm, dtype, bias)
@@ -291,9 +389,12 @@ def test_numbers(compiled: Callable[..., Any], gemm: str, dtype: torch.dtype, bi
 
 
 @pytest.mark.usefixtures("installed", "mi350")
-def test_tokens_not_known_before_run_time(compiled: Callable[..., Any]) -> None:
-    op, (x, *rest) = case("gemm_a8wfp4 tensor")
+@pytest.mark.parametrize("gemm", ["gemm_a8wfp4 tensor", "gemm_a4w4"])
+def test_tokens_not_known_before_run_time(compiled: Callable[..., Any], gemm: str) -> None:
+    op, (x, *rest) = case(gemm)
     torch._dynamo.mark_dynamic(x, 0)
+    if gemm == "gemm_a4w4":
+        torch._dynamo.mark_dynamic(rest[0], 0)
     close(compiled(lambda: getattr(Q, op)(x, *rest)), getattr(Q, op)(x, *rest), torch.bfloat16)
 
 
@@ -303,10 +404,13 @@ def test_the_ops_are_ops(gemm: str) -> None:
     """Schema, fake, and a trace with symbolic sizes; they compute what AITER's functions do."""
     op, args = case(gemm)
     tensors = [args[0], args[1], args[4], args[5]]
-    if gemm == "gemm_a16wfp4":
+    if "gemm_a16wfp4" in gemm:
         tensors.pop(1)
         rest: list[Any] = []
-    else:
+    if gemm in PACKED:
+        tensors.pop()
+        rest = [PACKED_N] if gemm == "gemm_a16wfp4_preshuffle" else [PACKED_N, "bfloat16"]
+    elif gemm != "gemm_a16wfp4":
         rest = [None, "bfloat16"] if gemm == "gemm_a8w8" else ["bfloat16"]
         if gemm == "gemm_a8w8":
             tensors[3] = tensors[3].unsqueeze(0)
@@ -323,7 +427,7 @@ def test_the_ops_are_ops(gemm: str) -> None:
 @pytest.mark.parametrize("gemm", CASES)
 def test_the_code_for_a_gpu(gpu_code: Callable[..., str], gemm: str, bias: bool) -> None:
     """A call, and kernels only for a scale that is repeated and a bias that AITER does not add."""
-    op, args = case(gemm, bias=bias)
+    op, args = case(gemm, results(gemm)[0], bias)
     at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
     def run(*tensors: Tensor) -> Any:
@@ -337,7 +441,137 @@ def test_the_code_for_a_gpu(gpu_code: Callable[..., str], gemm: str, bias: bool)
     assert code.count("async_compile.triton(") == repeated + (bias and name != "gemm_a8w8")
 
 
-# --- layouts
+# --- the layout
+
+
+@pytest.fixture
+def on_this_device(monkeypatch: pytest.MonkeyPatch, mi350: None) -> None:
+    """The layout is that of the CPU, which says it is an MI350; what quantizes is compiled for what it is."""
+    monkeypatch.setattr(Aiter16x16, "device_type", "cpu")
+    monkeypatch.setattr(late_decomposition, "quantizes", lambda *args: No("on a CPU"))
+
+
+def quantized(scheme: str = "mxfp4", n: int = 384, k: int = 512, dtype: torch.dtype = torch.bfloat16) -> QuarkLinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, n, dtype=dtype))
+    linear = qi.quantize_(model, scheme, exclude=(), calibration=[torch.randn(5, k, dtype=dtype)])[0]  # type: ignore[index]
+    assert isinstance(linear, QuarkLinear)
+    return linear
+
+
+STORED = Stored(format="mxfp4", shape=(384, 256), activation="mxfp4")
+
+
+def chosen(stored: Stored = STORED) -> str | None:
+    """The layout of a weight on a GPU."""
+    layout = layout_for("cuda", (codes(1, 1), scales(1, 1)), stored)
+    return layout and layout.name
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+def test_where_weights_are_packed() -> None:
+    assert chosen() == "aiter_16x16"
+    assert chosen(dataclasses.replace(STORED, shape=(128, 128))) == "aiter_16x16"
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"activation": "fp8_e4m3"}, "of weight and activation, mxfp4 and fp8_e4m3, both must be mxfp4"),
+        ({"activation": ""}, "of weight and activation, mxfp4 and a float, both must be mxfp4"),
+        ({"format": "nvfp4", "activation": "nvfp4"}, "of weight and activation, nvfp4 and nvfp4, both must be mxfp4"),
+        ({"shape": (416, 256)}, "its 416 x 512 elements are not made of tiles of 128 x 256"),
+        ({"shape": (384, 192)}, "its 384 x 384 elements are not made of tiles of 128 x 256"),
+    ],
+    ids=str,
+)
+def test_which_weights_are_not_packed(changes: dict[str, Any], reason: str) -> None:
+    stored = dataclasses.replace(STORED, **changes)
+    assert Aiter16x16().refuses((), stored) == reason
+    assert chosen(stored) is None
+
+
+@pytest.mark.parametrize("on", [GFX942, Target(device_type="cuda", arch="sm_100"), None], ids=str)
+def test_which_gpus_have_no_packed_weights(
+    package: Callable[..., None], monkeypatch: pytest.MonkeyPatch, on: Target | None
+) -> None:
+    """Nothing is packed on any other GPU, nor where none is, nor where AITER has not all of the kernels."""
+    package(*(set(ARCHS) - {"gemm_a16wfp4_preshuffle"} if on is None else ARCHS))
+    monkeypatch.setattr(target, "current", lambda device_type="cpu": on or GFX950)
+    lacks = "the AITER that is installed has no gemm_a16wfp4_preshuffle"
+    reason = f"its kernels run on gfx950, the device is {on.arch}" if on else lacks
+    assert Aiter16x16().refuses((), STORED) == reason
+    assert chosen() is None
+
+
+@pytest.mark.usefixtures("package", "on_this_device")
+def test_without_aiter_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Aiter16x16().refuses((), STORED) == f"AITER is not installed: {URL}"
+    monkeypatch.setattr(Panel64, "device_type", "meta")
+    linear = quantized()
+    assert linear.packed is None
+    assert set(dict(linear.named_parameters())) == {"weight", "weight_scale", "bias"}
+
+
+@pytest.mark.usefixtures("installed", "on_this_device")
+@pytest.mark.parametrize("sizes", [(128, 256), (384, 512)])
+def test_a_linear_is_packed_and_unpacked(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None:
+    """The state dict is that of the Linear which is not packed, and so are the numbers."""
+    (n, k), linear = sizes, quantized(n=sizes[0], k=sizes[1])
+    assert linear.packed is not None
+    assert linear.packed[0].name == "aiter_16x16"
+    assert linear.weight_packed.shape == (n * k // 2 + -(-n // 256) * 256 * k // 32,)
+    monkeypatch.setattr(Aiter16x16, "device_type", "cuda")
+    plain = quantized(n=n, k=k)
+    plain.unpack_()
+    state, expected = linear.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor), name
+        assert state[name].untyped_storage().nbytes() == state[name].nbytes
+    x = torch.randn(3, k, dtype=torch.bfloat16)
+    assert torch.equal(linear(x), plain(x))
+    linear.unpack_()
+    assert linear.packed is None
+    assert all(torch.equal(p, expected[name]) for name, p in linear.named_parameters())
+    again = quantized(n=n, k=k)
+    again.load_state_dict(state)
+    assert torch.equal(again(x), plain(x))
+
+
+@pytest.mark.usefixtures("installed", "on_this_device")
+def test_other_linears_are_not_packed_so() -> None:
+    for linear in (quantized("mxfp4_fp8"), quantized("mxfp4_weight_only"), quantized(n=96), quantized(k=320)):
+        assert linear.packed is not None
+        assert linear.packed[0].name == "panel64"
+
+
+@pytest.mark.usefixtures("installed", "on_this_device")
+@pytest.mark.parametrize(
+    ("m", "dtype", "by"),
+    [
+        (9, torch.bfloat16, "prologue_gemm"),
+        (70, torch.bfloat16, "quantized_gemm"),
+        (9, torch.float16, "prologue_gemm"),
+        (70, torch.float16, "quantized_gemm"),
+        (9, torch.float32, None),
+    ],
+    ids=str,
+)
+def test_a_packed_linear_compiled(compiled: Callable[..., Any], m: int, dtype: torch.dtype, by: str | None) -> None:
+    """With few tokens, with many, and where AITER has no kernel: then by the emulation, which unpacks."""
+    linear, x = quantized(dtype=dtype), torch.randn(m, 512, dtype=dtype)
+    assert linear.packed is not None
+    expected = linear(x)
+    y = compiled(linear, x)
+    found = {name: count for name, count in counters["inductor"].items() if name.startswith("quark.")}
+    assert found == ({} if by is None else {f"quark.{by}.aiter": 1})
+    close(y, expected, dtype) if by else torch.testing.assert_close(y, expected)
+
+
+# --- the bytes
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (48, 96), (256, 128)])

@@ -95,7 +95,7 @@ def test_a_layout_is_that_of_its_device(toy: None) -> None:
 def test_a_name_is_taken_once(toy: None) -> None:
     with pytest.raises(QuarkInductorError, match="two layouts are named 'reversed'"):
         layout.register_layout(Reversed)
-    with pytest.raises(ValueError, match=r"no layout 'x'; expected one of panel64, reversed"):
+    with pytest.raises(ValueError, match=r"no layout 'x'; expected one of aiter_16x16, panel64, reversed"):
         layout.named("x")
 
 
@@ -175,6 +175,48 @@ def test_a_plan_is_read_as_it_was_written() -> None:
         plan = quantized(scheme).plan
         assert plan is not None
         assert parse(plan).text() == plan
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activation"),
+    [
+        ("mxfp4", "mxfp4"),
+        ("mxfp4_fp8", "fp8_e4m3"),
+        ("mxfp4_weight_only", ""),
+        ("nvfp4", "nvfp4"),
+        ("ptpc_fp8", "fp8_e4m3"),
+        ("int8", "int8"),
+        ("int4_wo_32", ""),
+        ("int4_fp8", "fp8_e4m3"),
+    ],
+)
+def test_a_layout_is_told_what_the_weight_is_multiplied_with(scheme: str, activation: str) -> None:
+    linear = quantized(scheme)
+    assert linear.packed is not None
+    assert linear.packed[1].activation == activation
+    assert linear.plan is not None
+    assert parse(linear.plan).stored == linear.packed[1]
+
+
+class Whole(Reversed):
+    """No part of a packed weight is one."""
+
+    device_type, rows = "cpu", 0
+
+    def unpack(self, packed: Tensor, stored: Stored) -> list[Tensor]:
+        codes, scales = packed.flip(0).split((N * K // 2, N * K // 32))
+        return [codes.view(stored.shape), scales.view(N, K // 32)]
+
+
+def test_a_layout_without_parts_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_LAYOUTS", {"reversed": Whole(), **layout._LAYOUTS})
+    linears = [quantized("mxfp4") for _ in range(2)]
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    before = linears[0](x)
+    assert QuarkLinear.merge_(linears) == "they are packed as reversed, of which no part is a weight"
+    assert linears[0].packed is not None
+    assert linears[0].merged is None
+    assert torch.equal(linears[0](x), before)
 
 
 def test_a_packed_parameter_is_not_replaced_by_accident() -> None:

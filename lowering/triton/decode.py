@@ -364,7 +364,6 @@ def fp4_quarters(
                 is_pure=True,
                 pack=2,
             )
-            factor: tl.constexpr = 2.0**126
         else:
             q0, q1, q2, q3 = tl.inline_asm_elementwise(
                 """
@@ -393,7 +392,7 @@ def fp4_quarters(
                 is_pure=True,
                 pack=2,
             )
-            factor: tl.constexpr = 2.0**14
+        factor: tl.constexpr = 2.0**126 if DOT == tl.bfloat16 else 2.0**14
         q0 = two_factors(q0, factor, scales, R, K, DOT)
         q1 = two_factors(q1, factor, scales, R, K, DOT)
         q2 = two_factors(q2, factor, scales, R, K, DOT)

@@ -126,10 +126,18 @@ def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     signed, order = (True, "reorder") if two_stages else INT4_FORMATS[problem.weight_format]
     flags = f"{signed}, {order == 'reorder'}"
     if is_turned(problem):
-        group = problem.weight_columns
-        n = problem.n
+        group, n = problem.weight_columns, problem.n
+        operand.loop.append("rows = k + tl.arange(0, BLOCK_K)")
+        if form.pieces > 1:
+            operand.loop += [
+                f"words = (pid_n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)) % {n // 4}",
+                f"w = tl.load(as_words(WEIGHT) + rows[:, None] * {n // 4} + words[None, :])",
+                f"w_zero = tl.load(as_words(WEIGHT_ZERO_POINT) + k // {group} * {n // 4} + words)[None, :]",
+                f"w_scale = tl.load(WEIGHT_SCALE + k // {group} * {n} + n)[None, :]",
+                f"{names_of_pieces('b', form)} = int4_by_groups(w, w_zero, w_scale, BLOCK_N, {flags}, DOT, PTX)",
+            ]
+            return operand
         operand.loop += [
-            "rows = k + tl.arange(0, BLOCK_K)",
             "words = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)",
             f"w = tl.load(WEIGHT + rows[:, None] * {n // 8} + words[None, :] % {n // 8})",
             f"w = unpack_int4(w, BLOCK_K, BLOCK_N, {flags})",
@@ -137,15 +145,6 @@ def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
             f"w_zero = int4_at(WEIGHT_ZERO_POINT, k // {group} * {n} + n, {flags}).to(tl.float32)",
             "b = ((w.to(tl.float32) - w_zero[None, :]) * w_scale[None, :]).to(DOT)",
         ]
-        if form.pieces > 1:
-            operand.loop = [
-                "rows = k + tl.arange(0, BLOCK_K)",
-                f"words = (pid_n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)) % {n // 4}",
-                f"w = tl.load(as_words(WEIGHT) + rows[:, None] * {n // 4} + words[None, :])",
-                f"w_zero = tl.load(as_words(WEIGHT_ZERO_POINT) + k // {group} * {n // 4} + words)[None, :]",
-                f"w_scale = tl.load(WEIGHT_SCALE + k // {group} * {n} + n)[None, :]",
-                f"{names_of_pieces('b', form)} = int4_by_groups(w, w_zero, w_scale, BLOCK_N, {flags}, DOT, PTX)",
-            ]
         return operand
     if form.pieces > 1:
         return _int4_pieces(problem, form, side)

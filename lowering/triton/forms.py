@@ -100,8 +100,8 @@ def cut(form: Form, problem: GemmProblem, rows: int, channels: int, columns: int
         return form if channels // 4 >= 64 else replace(form, pieces=1)
     # Each needs 16 columns.
     pieces = min(form.pieces, columns // 16)
-    if form.tensor_memory and rows > 32:
-        # It would hold them all, twice.
+    if form.tensor_memory and rows > 16:
+        # Each piece takes its own part of it, and with more rows a kernel would fill it, and spill.
         pieces = min(pieces, 2)
     if problem.weight_format not in BLOCK_FORMATS and pieces < 4:
         pieces = 1

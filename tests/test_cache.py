@@ -245,6 +245,7 @@ def test_every_source_file_is_part_of_the_key(tmp_path: Path) -> None:
         ("lowering", ".py"),
         ("lowering/cpp", ".py"),
         ("lowering/cpp", ".h"),
+        ("lowering/triton", ".py"),
         ("patterns", ".py"),
     }
     files += [Path("schemes/numerics/new.py"), Path("lowering/cpp/new.h")]

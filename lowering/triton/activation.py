@@ -1,7 +1,7 @@
 """The tile of an activation: loaded, or quantized in the kernel."""
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.triton.forms import Form
+from quark_inductor.lowering.triton.forms import Form, is_turned
 from quark_inductor.lowering.triton.operand import (
     FLOATS,
     FP8,
@@ -14,9 +14,11 @@ from quark_inductor.lowering.triton.operand import (
     block_tile,
     fp8_numbers,
     load_rows,
+    names_of_pieces,
 )
 from quark_inductor.schemes.numerics import integer
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 from quark_inductor.schemes.operands import FP8_FORMATS, zero_scale
 
 SIDE = Side(tile="a", name="x", index="m", rows="BLOCK_M", pointer="X", stride='{{stride("X", 0)}}')
@@ -34,9 +36,18 @@ def activation(problem: GemmProblem, form: Form, has: frozenset[str]) -> Operand
         operand = _fp8(problem, form)
     else:
         operand = _integers(problem, form, has)
-    if form.halves and not any(line.startswith("a_even") for line in operand.loop):
-        operand.loop.append("a_even, a_odd = tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))")
+    if form.pieces > 1 and not operand.in_pieces and not is_turned(problem):
+        operand.loop.append(f"{names_of_pieces('a', form)} = {split(problem, form)}")
     return operand
+
+
+def split(problem: GemmProblem, form: Form) -> str:
+    """The pieces of a tile of numbers."""
+    if form.pieces == 2:
+        return "tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))"
+    format = problem.weight_format
+    reordered = format == "int4_fp8" or (format in INT4_FORMATS and INT4_FORMATS[format][1] == "reorder")
+    return f"split_quarters(a, BLOCK_M, BLOCK_K, {reordered})"
 
 
 def _blocks(problem: GemmProblem, form: Form) -> Operand:
@@ -45,7 +56,7 @@ def _blocks(problem: GemmProblem, form: Form) -> Operand:
     if f.has_global_scale:
         operand.before.append("x_global = tl.load(X_SCALE_2).to(tl.float32)")
     if problem.op == "quantized_gemm":
-        operand.loop += block_codes(SIDE, format)
+        operand.loop += block_codes(SIDE, format, form)
         block_tile(SIDE, operand, problem, form, format, zero)
         return operand
     operand.loop += [_LOAD_FLOAT, *_block_scales(problem)]

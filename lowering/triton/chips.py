@@ -19,6 +19,8 @@ class Chip:
         nvfp4: and FP4 codes by blocks of 16 under E4M3 scales.
         mixes_elements: and operands whose elements differ.
         packed_products: it multiplies pairs of bfloat16 numbers.
+        ptx: it runs PTX, of compute capability 8.0 or newer.
+        rounds_bfloat16: it rounds float32 to bfloat16 in one instruction.
         converts_fp8: it converts the formats of OCP to other dtypes and back.
         wants_scales: each operand needs scales.
         block_scaled_columns: K must be a multiple of this for block-scaled instructions.
@@ -36,6 +38,8 @@ class Chip:
     nvfp4: bool = False
     mixes_elements: bool = True
     packed_products: bool = True
+    ptx: bool = True
+    rounds_bfloat16: bool = True
     converts_fp8: bool = True
     wants_scales: bool = False
     block_scaled_columns: int = 64
@@ -53,10 +57,20 @@ _CHIPS = (
         warp=64,
         fp8=("fp8_e4m3fnuz",),
         packed_products=False,
+        ptx=False,
+        rounds_bfloat16=False,
         converts_fp8=False,
     ),
-    Chip(name="gfx950", processors=256, shared=163840, warp=64, fp8=_OCP, mx=True, packed_products=False),
-    Chip(name="gfx1100", processors=96, shared=65536, packed_products=False, converts_fp8=False),
+    Chip(name="gfx950", processors=256, shared=163840, warp=64, fp8=_OCP, mx=True, packed_products=False, ptx=False),
+    Chip(
+        name="gfx1100",
+        processors=96,
+        shared=65536,
+        packed_products=False,
+        ptx=False,
+        rounds_bfloat16=False,
+        converts_fp8=False,
+    ),
     Chip(name="sm_80", processors=108, shared=166912, has_fp8=False),
     Chip(name="sm_89", processors=142, shared=101376, fp8=_OCP),
     Chip(name="sm_90", processors=132, shared=232448, fp8=_OCP, left_rows=64),

@@ -1,11 +1,12 @@
 """How a problem is multiplied on a chip: which of its matrix instructions, and what they are given."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.chips import Chip
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 from quark_inductor.schemes.operands import FP8_FORMATS, fp8_weight
 
 # Above it sums of products of codes minus zero points could leave 32 bits.
@@ -23,9 +24,11 @@ class Form:
         x_element: of ``"block_scaled"``, the activation's element as Triton calls it.
         weight_element: the weight's.
         unit_scales: the activation has no scales of blocks, but the instruction wants some.
-        halves: the numbers of FP4 weights are multiplied as two tiles, those of even and of odd columns, which are the
-            lower and the upper halves of their bytes.
+        pieces: as how many tiles the numbers of a 4-bit weight are multiplied, each a nibble of every byte (2) or of
+            every 16 bits (4): sums over K do not mind its order, and no nibble has to move to another thread.
         packed_products: the chip multiplies pairs of bfloat16 numbers in one instruction.
+        ptx: pieces are made by PTX instructions.
+        tensor_memory: the left operand lies there.
         converts_fp8: the chip converts FP8 to other dtypes.
     """
 
@@ -34,8 +37,10 @@ class Form:
     x_element: str = ""
     weight_element: str = ""
     unit_scales: bool = False
-    halves: bool = False
+    pieces: int = 1
     packed_products: bool = False
+    ptx: bool = False
+    tensor_memory: bool = False
     converts_fp8: bool = True
 
 
@@ -61,18 +66,46 @@ def form_of(chip: Chip, problem: GemmProblem) -> Form:
     return Form(
         kind="float",
         dot=dot,
-        halves=_has_halves(problem, dot),
+        pieces=_pieces(chip, problem, dot),
         packed_products=chip.packed_products,
+        ptx=chip.ptx,
+        tensor_memory=chip.left_rows == 128,
         converts_fp8=chip.converts_fp8,
     )
 
 
-def _has_halves(problem: GemmProblem, dot: str) -> bool:
-    """Whether codes times scales of an FP4 weight, which are multiplied in that dtype, are exact in it."""
-    w = BLOCK_FORMATS.get(problem.weight_format)
+def _pieces(chip: Chip, problem: GemmProblem, dot: str) -> int:
+    """The most tiles as which a 4-bit weight's numbers are multiplied: where the dtype holds them exactly."""
+    format = problem.weight_format
+    if format in INT4_FORMATS or format == "int4_fp8":
+        exact = dot != "float32" and not (format == "int4_fp8" and problem.rounds)
+        return 4 if exact and (chip.ptx or not is_turned(problem)) else 1
+    w = BLOCK_FORMATS.get(format)
     if w is None or w.element != "fp4" or (problem.rounds and w.has_global_scale):
-        return False
-    return dot == "bfloat16" or (dot == "float16" and w.scale == "e4m3")
+        return 1
+    if dot != "bfloat16" and not (dot == "float16" and w.scale == "e4m3"):
+        return 1
+    return 4 if chip.ptx or chip.rounds_bfloat16 else 2
+
+
+def is_turned(problem: GemmProblem) -> bool:
+    """Whether the tile of the weight has a row for each column of the activation: 4-bit integers by groups."""
+    return problem.weight_format in INT4_FORMATS and problem.weight_scale_ndim == 2
+
+
+def cut(form: Form, problem: GemmProblem, rows: int, channels: int, columns: int) -> Form:
+    """The form with as many pieces as a tile of this size is worth."""
+    if is_turned(problem):
+        # Along N. Those of fewer channels are too narrow for a program's warps.
+        return form if channels // 4 >= 64 else replace(form, pieces=1)
+    # Each needs 16 columns.
+    pieces = min(form.pieces, columns // 16)
+    if form.tensor_memory and rows > 16:
+        # Each piece takes its own part of it, and with more rows a kernel would fill it, and spill.
+        pieces = min(pieces, 2)
+    if problem.weight_format not in BLOCK_FORMATS and pieces < 4:
+        pieces = 1
+    return replace(form, pieces=pieces)
 
 
 def _block_scaled(chip: Chip, problem: GemmProblem) -> Form | None:

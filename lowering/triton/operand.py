@@ -27,8 +27,8 @@ class Operand:
 
     Attributes:
         before: lines before the loop.
-        loop: lines in the loop, at column ``k``; they leave the tile in ``a`` or ``b``, or in two halves: the even and
-            the odd columns.
+        loop: lines in the loop, at column ``k``; they leave the tile in ``a`` or ``b``, or its pieces in ``a_0``, ...
+        in_pieces: which of both.
         scale: in the loop, the name of the scales of a block-scaled tile.
         factors: of the product's rows or columns, float32, applied after the loop.
         partial: of the product of one step, applied in the loop.
@@ -38,6 +38,7 @@ class Operand:
 
     before: list[str] = field(default_factory=list)
     loop: list[str] = field(default_factory=list)
+    in_pieces: bool = False
     scale: str = "None"
     factors: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
@@ -76,11 +77,22 @@ def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1) -> st
     return f"load_rows({pointer}, {rows}, {stride}, {first}, {columns}, {step})"
 
 
-def block_codes(side: Side, format: str) -> list[str]:
+def names_of_pieces(tile: str, form: Form) -> str:
+    """Variables with the pieces of a tile."""
+    return ", ".join(f"{tile}_{i}" for i in range(form.pieces))
+
+
+def load_words(side: Side, bits: int) -> str:
+    """A tile of packed 4-bit codes, four to an int16, of a tensor whose entries have so many bits."""
+    stride = f"({side.stride}) * {bits} // 16"
+    return f"load_rows(as_words({side.pointer}), {side.index}, {stride}, k // 4, BLOCK_K // 4, 1)"
+
+
+def block_codes(side: Side, format: str, form: Form) -> list[str]:
     """Lines that load scales and codes of a block format: packed FP4, the numbers of FP6, FP8."""
     f = BLOCK_FORMATS[format]
     if f.element == "fp4":
-        codes = load_rows(side, 2)
+        codes = load_words(side, 8) if form.pieces == 4 else load_rows(side, 2)
     elif f.element.startswith("fp6"):
         bits = f"load_fp6({side.pointer}, {side.index}, {side.stride}, k, {side.rows}, BLOCK_K)"
         codes = f"{f.element.removeprefix('fp6_')}({bits})"
@@ -100,14 +112,16 @@ def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, f
         operand.loop.append(f"{side.tile} = {block_scaled_codes(side, form, f.element)}")
         operand.scale = f"{name}_scale"
         return
-    if form.halves and f.element == "fp4":
-        packed = "True" if form.packed_products else "False"
+    if form.pieces > 1 and f.element == "fp4":
+        packed = f", {form.packed_products}" if form.pieces == 2 else ", PTX"
+        function = "fp4_halves" if form.pieces == 2 else "fp4_quarters"
+        operand.in_pieces = True
         scales = {"e8m0": "e8m0", "e4m3": "", "e5m3": "e5m3"}[f.scale]
         scale = f"{scales}({name}_scale)" if scales else f"{name}_scale.to(tl.float32)"
         scale = f"or_eps({scale})" if zero else scale
         operand.loop.append(
-            f"{side.tile}_even, {side.tile}_odd = "
-            f"fp4_halves({name}, {scale}, {side.rows}, BLOCK_K, {f.size}, DOT, {packed})"
+            f"{names_of_pieces(side.tile, form)} = "
+            f"{function}({name}, {scale}, {side.rows}, BLOCK_K, {f.size}, DOT{packed})"
         )
         return
     value = (

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.activation import activation
-from quark_inductor.lowering.triton.forms import Form
+from quark_inductor.lowering.triton.forms import Form, cut, is_turned
 from quark_inductor.lowering.triton.operand import FLOATS, Operand
 from quark_inductor.lowering.triton.tiles import Tile
-from quark_inductor.lowering.triton.weight import Strides, is_turned, weight
+from quark_inductor.lowering.triton.weight import Strides, weight
+from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 
 _HEAD = """{{{{def_kernel({names})}}}}
     M = {{{{size("X", 0)}}}}
@@ -54,11 +55,13 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         strides: how the operands lie in memory.
         names: of the tensors it gets, those of the op: ``"x"``, ``"weight"``, ...
     """
-    has = frozenset(names)
+    has, form = frozenset(names), cut(form, problem, tile.m, tile.n, tile.k)
     a, b = activation(problem, form, has), weight(problem, form, strides, has, tile.n)
     head = _HEAD.format(names=", ".join(f'"{name.upper()}"' for name in names), n=problem.n, k=problem.k)
     if form.kind == "float":
         head += f"    DOT: tl.constexpr = {FLOATS[form.dot]}\n"
+    if form.pieces > 1:
+        head += f"    PTX: tl.constexpr = {form.ptx}\n"
     integers = form.kind == "int8"
     shape = "(BLOCK_N, BLOCK_M)" if tile.swapped else "(BLOCK_M, BLOCK_N)"
     before = [*a.before, *b.before, f"acc = tl.zeros({shape}, dtype={'tl.int32' if integers else 'tl.float32'})"]
@@ -69,6 +72,14 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     loop = ["k = step * BLOCK_K", *a.loop, *b.loop, *_product(problem, form, a, b, tile.swapped)]
     loop += ["sum_b += tl.sum(b.to(tl.int32), 1)"] * sums_b + ["sum_a += tl.sum(a.to(tl.int32), 1)"] * sums_a
     after = ["acc = tl.trans(acc)"] * tile.swapped
+    if form.pieces > 1 and is_turned(problem):
+        sums = [f"acc_{i}" for i in range(form.pieces)]
+        at = next(i for i, line in enumerate(before) if line.startswith("acc = "))
+        shape = shape.replace("BLOCK_N", "BLOCK_N // 4")
+        before[at : at + 1] = [f"{acc} = tl.zeros({shape}, dtype=tl.float32)" for acc in sums]
+        accs = ", ".join(f"tl.trans({acc})" if tile.swapped else acc for acc in sums)
+        reordered = INT4_FORMATS[problem.weight_format][1] == "reorder"
+        after = [f"acc = join_quarters({accs}, BLOCK_M, BLOCK_N, {reordered})"]
     if sums_b:
         after.append(f"acc -= {a.zero} * sum_b[None, :]")
     if sums_a:
@@ -97,10 +108,12 @@ def _product(problem: GemmProblem, form: Form, a: Operand, b: Operand, swapped: 
         x, w = f'{a.scale}, "{form.x_element}"', f'{b.scale}, "{form.weight_element}"'
         product = f"b, {w}, tl.trans(a), {x}" if swapped else f"a, {x}, tl.trans(b), {w}"
         return [f"acc = tl.dot_scaled({product}, acc)"]
-    if form.halves:
-        halves = ("even", "odd")
+    if form.pieces > 1 and is_turned(problem):
+        tiles = "tl.trans(b_{0}), tl.trans(a)" if swapped else "a, b_{0}"
+        return [f"acc_{i} = tl.dot({tiles.format(i)}, acc_{i})" for i in range(form.pieces)]
+    if form.pieces > 1:
         tiles = "b_{0}, tl.trans(a_{0})" if swapped else "a_{0}, tl.trans(b_{0})"
-        return [f"acc = tl.dot({tiles.format(half)}, acc)" for half in halves]
+        return [f"acc = tl.dot({tiles.format(i)}, acc)" for i in range(form.pieces)]
     if swapped:
         tiles = "tl.trans(b), tl.trans(a)" if is_turned(problem) else "b, tl.trans(a)"
     else:

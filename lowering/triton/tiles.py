@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.chips import Chip
-from quark_inductor.lowering.triton.forms import Form
+from quark_inductor.lowering.triton.forms import Form, is_turned
 
 # Columns of the smallest tile: what a matrix instruction takes of bfloat16.
 _LEAST_COLUMNS = 16
@@ -103,6 +103,8 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
     if problem.m is not None and problem.m <= FEW_TOKENS:
         _, n, k, warps, stages = few
         m = _rows(problem.m)
+        if is_turned(problem) and form.pieces > 1 and m <= 32:
+            n = max(n, form.pieces * _LEAST_CHANNELS)  # so many a piece
         tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps if m <= 32 else 8, stages=stages)
         if m > 32 and crowded:
             tile = replace(tile, n=min(n, _LEAST_CHANNELS), k=min(tile.k, 128))

@@ -3,8 +3,17 @@
 from dataclasses import dataclass
 
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.triton.forms import Form
-from quark_inductor.lowering.triton.operand import Operand, Side, block_codes, block_tile, fp8_numbers, load_rows
+from quark_inductor.lowering.triton.forms import Form, is_turned
+from quark_inductor.lowering.triton.operand import (
+    Operand,
+    Side,
+    block_codes,
+    block_tile,
+    fp8_numbers,
+    load_rows,
+    load_words,
+    names_of_pieces,
+)
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 from quark_inductor.schemes.operands import fp8_weight
@@ -28,7 +37,7 @@ class Strides:
 
 
 def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str], channels: int) -> Operand:
-    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if :func:`is_turned`; or its halves.
+    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if ``is_turned``; or its pieces.
 
     ``channels``: the value of ``BLOCK_N``.
     """
@@ -43,16 +52,11 @@ def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[st
     return _integer_weight(problem, form, strides, side, has)
 
 
-def is_turned(problem: GemmProblem) -> bool:
-    """Whether the tile of the weight has a row for each column of the activation: 4-bit integers by groups."""
-    return problem.weight_format in INT4_FORMATS and problem.weight_scale_ndim == 2
-
-
 def _block_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     operand, format = Operand(), problem.weight_format
     if BLOCK_FORMATS[format].has_global_scale:
         operand.before.append("w_global = tl.load(WEIGHT_SCALE_2).to(tl.float32)")
-    operand.loop += block_codes(side, format)
+    operand.loop += block_codes(side, format, form)
     block_tile(side, operand, problem, form, format, 0.0)
     return operand
 
@@ -135,10 +139,18 @@ def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     signed, order = (True, "reorder") if two_stages else INT4_FORMATS[problem.weight_format]
     flags = f"{signed}, {order == 'reorder'}"
     if is_turned(problem):
-        group = problem.weight_columns
-        n = problem.n
+        group, n = problem.weight_columns, problem.n
+        operand.loop.append("rows = k + tl.arange(0, BLOCK_K)")
+        if form.pieces > 1:
+            operand.loop += [
+                f"words = (pid_n * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)) % {n // 4}",
+                f"w = tl.load(as_words(WEIGHT) + rows[:, None] * {n // 4} + words[None, :])",
+                f"w_zero = tl.load(as_words(WEIGHT_ZERO_POINT) + k // {group} * {n // 4} + words)[None, :]",
+                f"w_scale = tl.load(WEIGHT_SCALE + k // {group} * {n} + n)[None, :]",
+                f"{names_of_pieces('b', form)} = int4_by_groups(w, w_zero, w_scale, BLOCK_N, {flags}, DOT, PTX)",
+            ]
+            return operand
         operand.loop += [
-            "rows = k + tl.arange(0, BLOCK_K)",
             "words = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)",
             f"w = tl.load(WEIGHT + rows[:, None] * {n // 8} + words[None, :] % {n // 8})",
             f"w = unpack_int4(w, BLOCK_K, BLOCK_N, {flags})",
@@ -147,6 +159,8 @@ def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
             "b = ((w.to(tl.float32) - w_zero[None, :]) * w_scale[None, :]).to(DOT)",
         ]
         return operand
+    if form.pieces > 1:
+        return _int4_pieces(problem, form, side)
     operand.loop += [f"w = {load_rows(side, 8)}", f"w = unpack_int4(w, BLOCK_N, BLOCK_K, {flags})"]
     operand.before.append(f"w_zero = int4_at(WEIGHT_ZERO_POINT, n, {flags}).to(tl.float32)")
     if two_stages:
@@ -165,4 +179,26 @@ def _int4_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     else:
         operand.loop.append(f"b = {value}.to(DOT)")
         operand.factors.append("w_scale[None, :]")
+    return operand
+
+
+def _int4_pieces(problem: GemmProblem, form: Form, side: Side) -> Operand:
+    """4-bit integers, four to 16 bits, under the scales of channels."""
+    operand, two_stages = Operand(in_pieces=True), problem.weight_format == "int4_fp8"
+    signed, order = (True, "reorder") if two_stages else INT4_FORMATS[problem.weight_format]
+    operand.before.append(f"w_zero = int4_at(WEIGHT_ZERO_POINT, n, {signed}, {order == 'reorder'})")
+    if two_stages:
+        operand.before.append(
+            "w_scale = tl.load(WEIGHT_SCALE_2 + n).to(tl.float32) * tl.load(WEIGHT_SCALE).to(tl.float32)"
+        )
+    elif problem.rounds:
+        operand.before.append("w_scale = tl.load(WEIGHT_SCALE + n)")
+    else:
+        operand.before.append("w_scale = tl.load(WEIGHT_SCALE + n).to(tl.float32)")
+    if not problem.rounds:
+        operand.factors.append("w_scale[None, :]")
+    names = names_of_pieces("b", form)
+    operand.loop += [f"w = {load_words(side, 32)}", f"{names} = int4_quarters(w, w_zero[:, None], {signed}, DOT, PTX)"]
+    if problem.rounds:
+        operand.loop += [f"{name} = times_exact({name}, w_scale[:, None], DOT, PTX)" for name in names.split(", ")]
     return operand

@@ -63,9 +63,7 @@ def on_gpu(interpreter: Any, generated: ModuleType, fake_gpu: ModuleType) -> Cal
     """Results of a function of tensors on a GPU that is not there: its kernels run in the interpreter."""
 
     def run_kernel(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-        # Inline assembly is not interpreted.
-        source = kernel.source.replace("PTX: tl.constexpr = True", "PTX: tl.constexpr = False")
-        after = interpreter.run(source, kernel.name, arguments, grid)
+        after = interpreter.run(kernel.interpreted, kernel.name, arguments, grid)
         for name, tensor in after.items():
             if name.startswith(("out_ptr", "in_out_ptr")):
                 arguments[name].copy_(tensor)

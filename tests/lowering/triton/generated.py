@@ -46,6 +46,11 @@ class Kernel:
     stages: int | None
     constants: dict[str, Any]
 
+    @property
+    def interpreted(self) -> str:
+        """The source without PTX, which the interpreter does not know: ``test_decode.py`` tests that it is the same."""
+        return self.source.replace("PTX: tl.constexpr = True", "PTX: tl.constexpr = False")
+
 
 def kernels(code: str) -> list[Kernel]:
     """The kernels of a module that Inductor generated, in its order."""

@@ -142,7 +142,7 @@ def test_the_emulations_numbers(
     expected = layer(x, residual)
 
     def run_kernel(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-        for name, tensor in interpreter.run(kernel.source, kernel.name, arguments, grid).items():
+        for name, tensor in interpreter.run(kernel.interpreted, kernel.name, arguments, grid).items():
             if name.startswith(("out_ptr", "in_out_ptr", "arg_CODES")):
                 arguments[name].copy_(tensor)
 

@@ -74,7 +74,11 @@ def refused(model: Any, pair: Any, arch: str, m: int) -> bool:
     return x is not None and x.rule != "" and x.by == "group" and weight.format.endswith("x32")
 
 
-@pytest.mark.parametrize("arch", CHIPS)
+# Kernels of the others differ from those in sizes of tiles.
+MAIN = ("gfx942", "gfx950", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("arch", [*MAIN, *(pytest.param(a, marks=pytest.mark.fuzz) for a in CHIPS if a not in MAIN)])
 @pytest.mark.parametrize("precise", [False, True], ids=["", "emulate_precision_casts"])
 def test_every_pair_of_formats(
     on_gpu: Callable[..., list[Tensor]],

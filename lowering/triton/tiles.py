@@ -103,9 +103,11 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
     if problem.m is not None and problem.m <= FEW_TOKENS:
         _, n, k, warps, stages = few
         m = _rows(problem.m)
+        if problem.group_size > k or m > 32:
+            warps = 8
         if is_turned(problem) and form.pieces > 1 and m <= 32:
             n = max(n, form.pieces * _LEAST_CHANNELS)  # so many a piece
-        tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps if m <= 32 else 8, stages=stages)
+        tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps, stages=stages)
         if m > 32 and crowded:
             tile = replace(tile, n=min(n, _LEAST_CHANNELS), k=min(tile.k, 128))
         tile = _swapped(chip, tile)

@@ -23,7 +23,7 @@ from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import OptionError, QuarkInductorError
 from quark_inductor.schemes.operands import min_capability
 
-PROVIDERS = ("aiter", "scaled_mm", "triton", "cpp")
+PROVIDERS = ("aiter", "scaled_mm", "scaled_mm_blocks", "triton", "cpp")
 CPU, GPU = Target(device_type="cpu", arch="x86_64", isa="portable"), Target(device_type="cuda", arch="gfx950")
 
 
@@ -117,7 +117,8 @@ def test_the_emulation_forced(add: Callable[..., type[Provider]]) -> None:
 
 def test_an_unknown_provider() -> None:
     with pytest.raises(
-        OptionError, match="there is no provider 'cpq'; expected one of aiter, scaled_mm, triton, cpp, emulation"
+        OptionError,
+        match="there is no provider 'cpq'; expected one of aiter, scaled_mm, scaled_mm_blocks, triton, cpp, emulation",
     ):
         select(CPU, problem(), "cpq")
 

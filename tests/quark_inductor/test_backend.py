@@ -135,9 +135,12 @@ def test_mode_and_options_together() -> None:
         ({"quark.strict": 1}, "quark.strict is 1; expected True or False"),
         (
             {"quark.provider": "tpu"},
-            "quark.provider is 'tpu'; expected one of aiter, scaled_mm, triton, cpp, emulation",
+            "quark.provider is 'tpu'; expected one of aiter, scaled_mm, scaled_mm_blocks, triton, cpp, emulation",
         ),
-        ({"quark.provider": 3}, "quark.provider is 3; expected one of aiter, scaled_mm, triton, cpp, emulation"),
+        (
+            {"quark.provider": 3},
+            "quark.provider is 3; expected one of aiter, scaled_mm, scaled_mm_blocks, triton, cpp, emulation",
+        ),
         ({"max_autotune": "yes"}, "max_autotune"),
         ({"freezing": 1.5}, "freezing"),
         ({1: True}, "there is no option 1"),

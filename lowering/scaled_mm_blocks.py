@@ -1,0 +1,141 @@
+"""Provider ``scaled_mm_blocks``: PyTorch's ``torch.nn.functional.scaled_mm`` for MXFP8 and NVFP4 on Blackwell.
+
+cuBLASLt wants the scales of blocks in an order of its own (:func:`swizzle`), so there is an op of this package around
+the call. Source of what it takes: torch 2.13, ``torch/_meta_registrations.py: _check_scaled_mm_sizes_v2``, and the
+cuBLAS documentation, "1D Block Scaling Factors Layout".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.target import Target
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
+from quark_inductor.schemes.ops import NAMESPACE, dtype_of, lib
+
+FORMATS = ("mxfp8_e4m3", "nvfp4")
+ARCHS = ("sm_100",)
+# Below, putting scales in order, a kernel for each operand, costs more than a library's tiles can win. Not measured.
+FEW_TOKENS = 1024
+# Rows and scales of a tile of scales.
+_ROWS, _SCALES = 128, 4
+
+
+def swizzle(scales: Tensor) -> Tensor:
+    """Scales of blocks in the order of cuBLASLt: tiles of 128 rows by 4 scales, in which rows 32 apart are neighbours.
+
+    Args:
+        scales: 8-bit ``[rows, K / B]``, E8M0 or E4M3.
+
+    Returns:
+        Flat, of as many rows and scales as fill whole tiles; those that are added are 0. The scale of row ``r`` and
+        block ``c`` lies at ``tile * 512 + (r % 32) * 16 + r % 128 // 32 * 4 + c % 4``, tiles in the order of
+        ``[rows / 128, K / B / 4]``.
+    """
+    rows, blocks = scales.shape
+    padded = F.pad(scales.view(torch.uint8), (0, -blocks % _SCALES, 0, -rows % _ROWS))
+    tiles = padded.unflatten(0, (-1, 4, 32)).unflatten(3, (-1, _SCALES))
+    return tiles.permute(0, 3, 2, 1, 4).flatten().view(scales.dtype)
+
+
+def scaled_mm_blocks(
+    x: Tensor,
+    x_scale: Tensor,
+    x_global: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_global: Tensor | None,
+    out_dtype: str,
+) -> Tensor:
+    """``[M, N]`` in ``out_dtype``: the product of operands in MXFP8 (E4M3) or, with global scales, in NVFP4.
+
+    Args:
+        x: codes ``[M, K]``, FP8, or ``[M, K / 2]``, two FP4 a byte.
+        x_scale: of its blocks, ``[M, K / 32]`` E8M0 in uint8, or ``[M, K / 16]`` E4M3.
+        x_global: float32 ``[]``.
+        weight: codes ``[N, ...]``.
+        weight_scale: of its blocks.
+        weight_global: float32 ``[]``.
+        out_dtype: dtype of the result, of a sum in float32.
+    """
+    if x_global is not None and weight_global is not None:
+        recipes = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+        orders = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+        codes, scale_dtype = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
+        x_scales = [swizzle(x_scale), x_global.float()]
+        weight_scales = [swizzle(weight_scale), weight_global.float()]
+    else:
+        recipes, orders = [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4]
+        codes, scale_dtype = torch.float8_e4m3fn, torch.float8_e8m0fnu
+        x_scales, weight_scales = [swizzle(x_scale)], [swizzle(weight_scale)]
+    x_scales[0], weight_scales[0] = x_scales[0].view(scale_dtype), weight_scales[0].view(scale_dtype)
+    return F.scaled_mm(
+        x.view(codes),
+        weight.view(codes).t(),
+        x_scales,
+        recipes,
+        weight_scales,
+        recipes,
+        orders,
+        orders,
+        output_dtype=dtype_of(out_dtype),
+    )
+
+
+lib.define(
+    "scaled_mm_blocks(Tensor x, Tensor x_scale, Tensor? x_global, Tensor weight, Tensor weight_scale, "
+    "Tensor? weight_global, str out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+lib.impl("scaled_mm_blocks", scaled_mm_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    f"{NAMESPACE}::scaled_mm_blocks",
+    lambda x, x_scale, x_global, weight, weight_scale, weight_global, out_dtype: x.new_empty(
+        (x.shape[0], weight.shape[0]), dtype=dtype_of(out_dtype)
+    ),
+    lib=lib,
+)
+
+
+@register_provider
+class ScaledMmBlocks(Provider):
+    """Both operands in one block format, many tokens."""
+
+    name = "scaled_mm_blocks"
+
+    def can_run(self, target: Target, problem: GemmProblem) -> No | None:
+        """MXFP8 by MXFP8 and NVFP4 by NVFP4 to bfloat16, N a multiple of 16, K of 128, from 1024 tokens on."""
+        if target.device_type != "cuda":
+            return No(f"for GPUs, the device is {target.device_type}")
+        if target.arch not in ARCHS:
+            return No(f"runs on {', '.join(ARCHS)}, the device is {target.arch}")
+        if problem.op != "quantized_gemm":
+            return No(f"multiplies two operands in a block format, which {problem.op} does not give it")
+        if problem.x_format != problem.weight_format or problem.weight_format not in FORMATS:
+            found = f"{problem.x_format} and {problem.weight_format}"
+            return No(f"multiplies {' and '.join(FORMATS)}, each by itself, the operands are {found}")
+        if problem.layout or problem.experts:
+            return No(f"has no kernel for {f'the layout {problem.layout}' if problem.layout else 'experts'}")
+        if problem.rounds and BLOCK_FORMATS[problem.x_format].has_global_scale:
+            return No("does not round operands, as emulate_precision_casts asks for")
+        if problem.n % 16 or problem.k % 128:
+            return No(f"N = {problem.n} is not a multiple of 16, or K = {problem.k} not one of 128")
+        if problem.dtype != "bfloat16":
+            return No(f"the result's dtype is {problem.dtype}; it makes bfloat16")
+        if problem.m is None or problem.m < FEW_TOKENS:
+            return No(f"is for {FEW_TOKENS} tokens and more, M is {'not known' if problem.m is None else problem.m}")
+        return None
+
+    def lower(self, target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
+        """See :class:`Provider`."""
+        from quark_inductor.lowering._inductor import called, contiguous, lowered
+
+        names = ("x", "x_scale", "x_scale_2", "weight", "weight_scale", "weight_scale_2")
+        tensors = (None if args[name] is None else contiguous(args[name]) for name in names)
+        y = called(torch.ops.quark_inductor.scaled_mm_blocks.default, *tensors, problem.dtype)
+        bias = args["bias"]
+        return y if bias is None else lowered(torch.ops.aten.add.Tensor, y, bias)

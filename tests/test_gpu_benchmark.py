@@ -198,7 +198,7 @@ def test_a_lost_gpu_ends_it(gemm: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert [cell.m for cell in left] == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_every_candidate_computes_the_product(gemm: Any, fresh: None) -> None:
     """On CPU, in a size of no interest; each is compiled once for all of its weights."""
     bench = gemm.Bench(

@@ -12,7 +12,6 @@ from quark_inductor.lowering.quantize import quantizes
 from quark_inductor.lowering.registry import count_key, kernel_counts
 from quark_inductor.lowering.target import Target
 from quark_inductor.lowering.triton.chips import CHIPS
-from quark_inductor.schemes.errors import QuarkInductorError
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
 q = torch.ops.quark_inductor
@@ -82,8 +81,7 @@ def test_kernels_are_counted(gpu_code: Callable[..., Any]) -> None:
 
 
 def test_a_quantize_that_has_no_kernel(gpu_code: Callable[..., Any]) -> None:
-    """The passes leave none; somebody else's has an error."""
-    reason = "has no kernel on cuda sm_70: triton: knows .*schemes.numerics.block.quantize instead"
-    with pytest.raises(Exception, match=f"block_quantize to mxfp4 {reason}") as error:
-        gpu_code(quantized, [torch.empty(3, 64)], arch="sm_70")
-    assert QuarkInductorError.__name__ in str(error.value)
+    """The passes leave none; another backend, which has no passes of ours, calls the op."""
+    code = gpu_code(quantized, [torch.empty(3, 64)], arch="sm_70")
+    assert code.count("torch.ops.quark_inductor.block_quantize.default(") == 1
+    assert "async_compile.triton(" not in code

@@ -52,7 +52,7 @@ def measured() -> Iterator[list[str]]:
     unregister_provider(Measured.name)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize(("format", "bias"), [("mxfp4", True), ("fp8_e4m3", False)])
 def test_each_way_gives_the_product(measured: list[str], format: str, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)

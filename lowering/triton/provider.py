@@ -21,7 +21,7 @@ class Triton(Provider):
     name = "triton"
 
     def can_run(self, target: Target, problem: GemmProblem) -> No | None:
-        """Any M and N; K a multiple of 32; every format that the chip has a dtype for."""
+        """Any M but 0, any N; K a multiple of 16; every format that Triton has a dtype for on the chip."""
         if target.device_type != "cuda":
             return No(f"for GPUs, the device is {target.device_type}")
         if target.arch not in CHIPS:

@@ -262,7 +262,7 @@ def parameters() -> Iterator[Any]:
             yield pytest.param(arch, m, marks=slow)
 
 
-@pytest.mark.parametrize(("arch", "m"), parameters())
+@pytest.mark.parametrize(("arch", "m"), list(parameters()))
 def test_machine_code(
     offline: Any,
     offline_module: Any,

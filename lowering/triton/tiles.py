@@ -121,7 +121,10 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
             tile = replace(tile, n=tile.n // 2)
     if not most:
         return [tile]
-    others = [replace(tile, stages=tile.stages - 1), replace(tile, warps=12 - tile.warps)]
+    others = [replace(tile, stages=tile.stages - 1)]
+    # Tiles of 8 warps spill with 4, and on RDNA 3 integers with 8.
+    if tile.warps == 4 and form.kind != "int8":
+        others.append(replace(tile, warps=8))
     if tile.n > max(_LEAST_CHANNELS, chip.left_rows if tile.swapped else 0):
         others.append(replace(tile, n=tile.n // 2))
     return [tile, *others]

@@ -308,7 +308,8 @@ def test_every_tile_that_is_measured(
         for i in range(1, 4):
 
             def one(*arguments: Any, i: int = i, **options: Any) -> list[tiles.Tile]:
-                return choose(*arguments, most=True)[i : i + 1]
+                found = choose(*arguments, most=True)
+                return found[i : i + 1] or found[:1]  # not all problems have as many
 
             with patch.object(template, "tiles_for", one):
                 found = jobs(name, m, arch, generated, fake_gpu, offline_module)

@@ -5,7 +5,7 @@ from quark_inductor.lowering.triton.forms import Form, is_turned
 from quark_inductor.lowering.triton.operand import (
     FLOATS,
     FP8,
-    FP8_MAX,
+    MAX_EXPONENT,
     MINIFLOATS,
     Operand,
     Side,
@@ -27,7 +27,7 @@ _LOAD_FLOAT = f"{_LOAD}.to(tl.float32)"
 
 
 def activation(problem: GemmProblem, form: Form, has: frozenset[str]) -> Operand:
-    """The tile ``a``, or ``a_even`` and ``a_odd``; ``has`` names the tensors that the kernel gets."""
+    """The tile ``a``, or its pieces ``a_0``, ...; ``has`` names the tensors that the kernel gets."""
     if problem.op == "weight_only_gemm":
         operand = Operand(loop=[f"a = {load_rows(SIDE)}"])
     elif problem.x_format in BLOCK_FORMATS:
@@ -102,10 +102,6 @@ def _block_scales(problem: GemmProblem) -> list[str]:
     return [*lines, f"x = over_blocks(x, or_eps({multiplier}), {shape})"]
 
 
-# Exponents of the largest normal numbers.
-MAX_EXPONENT = {"fp4": 2, "fp6_e2m3": 2, "fp6_e3m2": 4, "fp8_e4m3": 8, "fp8_e5m2": 15}
-
-
 def _given(problem: GemmProblem, pointer: str) -> str:
     """The given scales, or zero points, of the rows, float32, ``[BLOCK_M, 1]`` or a number."""
     if problem.x_granularity == "per_tensor":
@@ -124,7 +120,8 @@ def _whole_row(lines: list[str], start: list[str]) -> list[str]:
 
 def _fp8(problem: GemmProblem, form: Form) -> Operand:
     format, dtype, operand = problem.x_format, FLOATS[problem.dtype], Operand()
-    limit, grouped = FP8_MAX[format], problem.x_columns > 0
+    mantissa, smallest, limit = MINIFLOATS[format]
+    grouped = problem.x_columns > 0
     place = operand.loop if grouped else operand.before
     native = form.kind in ("fp8", "block_scaled")
     if problem.op == "quantized_gemm":
@@ -143,8 +140,7 @@ def _fp8(problem: GemmProblem, form: Form) -> Operand:
             place.append(f"x_scale = fp8_scale(amax, {limit}, {dtype})[:, None]")
         # That of groups stays in float32.
         operand.loop.append(f"x = over_scale(x, x_scale, {limit}, {'tl.float32' if problem.group_size else dtype})")
-        mantissa, smallest, largest = MINIFLOATS[format]
-        number = f"round_minifloat(x, {mantissa}, {smallest}, {largest})"
+        number = f"round_minifloat(x, {mantissa}, {smallest}, {limit})"
         if native:
             operand.loop.append(f"x = x.to({FP8[format]})")
     if native:

@@ -9,7 +9,6 @@ from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 # Triton's names of dtypes; FP8 ones by the names of formats.
 FLOATS = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 FP8 = {"fp8_e4m3": "tl.float8e4nv", "fp8_e5m2": "tl.float8e5", "fp8_e4m3fnuz": "tl.float8e4b8"}
-FP8_MAX = {"fp8_e4m3": "448.0", "fp8_e5m2": "57344.0", "fp8_e4m3fnuz": "224.0"}
 # Of elements: explicit mantissa bits, the smallest normal number's exponent, the largest number.
 MINIFLOATS = {
     "fp4": (1, 0, 6.0),
@@ -19,6 +18,8 @@ MINIFLOATS = {
     "fp8_e5m2": (2, -14, 57344.0),
     "fp8_e4m3fnuz": (3, -7, 224.0),
 }
+# Exponents of the largest normal numbers.
+MAX_EXPONENT = {"fp4": 2, "fp6_e2m3": 2, "fp6_e3m2": 4, "fp8_e4m3": 8, "fp8_e5m2": 15}
 
 
 @dataclass(slots=True)
@@ -116,12 +117,9 @@ def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, f
         packed = f", {form.packed_products}" if form.pieces == 2 else ", PTX"
         function = "fp4_halves" if form.pieces == 2 else "fp4_quarters"
         operand.in_pieces = True
-        scales = {"e8m0": "e8m0", "e4m3": "", "e5m3": "e5m3"}[f.scale]
-        scale = f"{scales}({name}_scale)" if scales else f"{name}_scale.to(tl.float32)"
-        scale = f"or_eps({scale})" if zero else scale
         operand.loop.append(
             f"{names_of_pieces(side.tile, form)} = "
-            f"{function}({name}, {scale}, {side.rows}, BLOCK_K, {f.size}, DOT{packed})"
+            f"{function}({name}, {block_scales(name, f.scale, zero)}, {side.rows}, BLOCK_K, {f.size}, DOT{packed})"
         )
         return
     value = (
@@ -133,11 +131,16 @@ def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, f
 def block_numbers(side: Side, problem: GemmProblem, form: Form, format: str, value: str, zero: float) -> str:
     """Elements as float32 times the scales of their blocks, in the dtype that is multiplied."""
     f, name = BLOCK_FORMATS[format], side.name
-    scale = {"e8m0": "e8m0({0})", "e4m3": "{0}.to(tl.float32)", "e5m3": "e5m3({0})"}[f.scale].format(f"{name}_scale")
-    scale = f"or_eps({scale})" if zero else scale
+    scale = block_scales(name, f.scale, zero)
     if f.has_global_scale and problem.rounds:
         scale = f"{scale} * {name}_global"
     return f"times_blocks({value}, {scale}, {side.rows}, BLOCK_K, {f.size}).to(DOT)"
+
+
+def block_scales(name: str, format: str, zero: float) -> str:
+    """The scales of blocks as float32; ``zero``: what one of 0 stands for."""
+    scales = {"e8m0": "e8m0({0})", "e4m3": "{0}.to(tl.float32)", "e5m3": "e5m3({0})"}[format].format(f"{name}_scale")
+    return f"or_eps({scales})" if zero else scales
 
 
 def block_scaled_codes(side: Side, form: Form, element: str) -> str:

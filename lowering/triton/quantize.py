@@ -7,11 +7,12 @@ them in the next.
 
 from quark_inductor.lowering.target import Target
 from quark_inductor.lowering.triton.chips import CHIPS
-from quark_inductor.lowering.triton.source import FLOATS, functions
+from quark_inductor.lowering.triton.operand import FLOATS, MAX_EXPONENT, MINIFLOATS
+from quark_inductor.lowering.triton.source import functions
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
-# Bits of an element and of its mantissa, smallest exponent of a normal number, largest exponent, largest number.
-_SHAPE = {"fp4": (4, 1, 0, 2, 6.0), "fp6_e2m3": (6, 3, 0, 2, 7.5), "fp6_e3m2": (6, 2, -2, 4, 28.0)}
+# Bits of the elements that are packed.
+_BITS = {"fp4": 4, "fp6_e2m3": 6, "fp6_e3m2": 6}
 # A program reads 4 KiB of bfloat16, two loads of 16 bytes a thread on AMD and four on NVIDIA: enough in flight, enough
 # programs for few tokens, and what a block costs is shared by 16 or 32 numbers of a thread.
 ELEMENTS = 2048
@@ -31,7 +32,7 @@ def refuse(target: Target, format: str, scale_rule: str, dtype: str, k: int | No
     if target.device_type != "cuda" or target.arch not in CHIPS:
         return f"knows {', '.join(CHIPS)}, the device is {target}"
     f = BLOCK_FORMATS[format]
-    if f.element not in _SHAPE:
+    if f.element not in _BITS:
         return f"elements of {format} are not packed: Inductor's own kernel quantizes, together with what is before it"
     if scale_rule not in ("even", "nearest", "sequential", "combined"):
         return f"scale rule {scale_rule!r} takes a logarithm, which two libraries round differently"
@@ -82,9 +83,8 @@ _HEAD = """{{{{def_kernel({names})}}}}
 def _scale(element: str, scale: str, rule: str, dtype: str) -> list[str]:
     """Lines that leave the scales in ``scale``, and the elements divided by them in ``x``."""
     if scale == "e8m0":
-        _, mantissa, _, largest, _ = _SHAPE[element]
         return [
-            f"scale = scale_even(amax, {mantissa}, {largest})",
+            f"scale = scale_even(amax, {MINIFLOATS[element][0]}, {MAX_EXPONENT[element]})",
             "x = x * inverse_e8m0(scale)[:, None]",
             "scale = scale.to(tl.uint8)",
         ]
@@ -101,8 +101,8 @@ def _scale(element: str, scale: str, rule: str, dtype: str) -> list[str]:
 
 def _codes(element: str) -> list[str]:
     """Lines that store the packed codes of ``x``."""
-    bits, mantissa, smallest, _, largest = _SHAPE[element]
-    codes = f"encode_small(x, {bits}, {mantissa}, {smallest}, {largest})"
+    mantissa, smallest, largest = MINIFLOATS[element]
+    codes = f"encode_small(x, {_BITS[element]}, {mantissa}, {smallest}, {largest})"
     if element == "fp4":
         return [
             f"codes = pack_fp4({codes}, BLOCKS, SIZE).to(tl.uint8)",

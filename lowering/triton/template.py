@@ -61,9 +61,10 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     form = form_of(chip, problem)
     measures = bool(config.max_autotune or config.max_autotune_gemm)
     tiles = tiles_for(chip, problem, form, most=measures)
-    # A GEMM that quantizes is measured beside other ways, which give the result and no parts of it.
     splits = tiles[0].parts > 1
-    if measures and problem.op == "prologue_gemm":
+    # A GEMM that quantizes is measured beside other ways, which give the result and no parts of it.
+    has_other_ways = measures and problem.op == "prologue_gemm"
+    if has_other_ways:
         tiles = [replace(tile, parts=1) for tile in tiles]
     size: list[Any] = [inputs["x"].get_size()[0], problem.n]
     device, dtype = inputs["x"].get_device(), dtype_of(problem.dtype)
@@ -81,7 +82,7 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **constants, **epilogue)
         if error is not None:
             raise error
-    if measures and problem.op == "prologue_gemm":
+    if has_other_ways:
         names = [*inputs, *(["bias"] if len(nodes) > len(inputs) else [])]
         choices += whole.choices(target, problem, dict(zip(names, nodes, strict=True)), layout, splits)
     y = select_choice(f"quark_{problem.op}", choices, nodes, layout)

@@ -208,6 +208,16 @@ def _mma_loop(opcodes: Sequence[str | None], loops: Sequence[range]) -> collecti
     return max(innermost, key=lambda counts: _total(counts, is_mma), default=None)
 
 
+def _counts(
+    code: str, opcode: Callable[[str], str | None], label: re.Pattern[str], branch: re.Pattern[str]
+) -> tuple[collections.Counter[str], collections.Counter[str] | None]:
+    """The instructions of a kernel, and those of its innermost loop with matrix instructions."""
+    lines = code.splitlines()
+    opcodes = [opcode(line) for line in lines]
+    inner = _mma_loop(opcodes, _loops(lines, label, branch))
+    return collections.Counter(found for found in opcodes if found), inner
+
+
 def _total(counts: Mapping[str, int], chosen: Callable[[str], bool]) -> int:
     return sum(count for opcode, count in counts.items() if chosen(opcode))
 
@@ -245,10 +255,7 @@ def amd_figures(asm: str, shared: int) -> Figures:
             raise ValueError(f"the assembly has no .{key}")
         return int(found[1])
 
-    lines = asm.splitlines()
-    opcodes = [_amd_opcode(line) for line in lines]
-    counts = collections.Counter(opcode for opcode in opcodes if opcode)
-    inner = _mma_loop(opcodes, _loops(lines, _AMD_LABEL, _AMD_BRANCH))
+    counts, inner = _counts(asm, _amd_opcode, _AMD_LABEL, _AMD_BRANCH)
     return Figures(
         registers=metadata("vgpr_count"),
         # Only chips that have such registers count them.
@@ -299,10 +306,7 @@ def nvidia_figures(sass: str, usage: str, shared: int, tensor_memory: int) -> Fi
             raise ValueError(f"cuobjdump says nothing of {key}: {usage}")
         return int(found[1])
 
-    lines = sass.splitlines()
-    opcodes = [_sass_opcode(line) for line in lines]
-    counts = collections.Counter(opcode for opcode in opcodes if opcode)
-    inner = _mma_loop(opcodes, _loops(lines, _SASS_LABEL, _SASS_BRANCH))
+    counts, inner = _counts(sass, _sass_opcode, _SASS_LABEL, _SASS_BRANCH)
     return Figures(
         registers=used("REG"),
         accumulator_registers=0,

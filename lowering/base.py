@@ -26,6 +26,7 @@ class GemmProblem:
         weight_format: format of the weight, see :mod:`quark_inductor.schemes.operands`.
         weight_scale_ndim: dimensions of the weight's scale: ``0`` per tensor, ``1`` per channel, ``2`` blocks.
         experts: how many weights there are, each with ``m`` tokens of its own; 0: one, without a dimension for it.
+        grouped: the experts have ``m`` tokens together, and which are whose is known at run time only.
         x_format: format of the activation; ``""`` if it is not quantized.
         x_granularity: what shares a scale of the activation that is given: ``"per_tensor"``, ``"per_token"``,
             ``"per_group"``.
@@ -48,6 +49,7 @@ class GemmProblem:
     weight_format: str = ""
     weight_scale_ndim: int = 0
     experts: int = 0
+    grouped: bool = False
     x_format: str = ""
     x_granularity: str = ""
     scale_rule: str = ""
@@ -60,7 +62,8 @@ class GemmProblem:
 
     def __str__(self) -> str:
         activation = " ".join(part for part in (self.x_format, self.scale_rule) if part) or self.dtype
-        return f"{self.op} of {activation} and {self.weight_format}"
+        experts = f", {self.experts} experts" if self.experts else ""
+        return f"{self.op} of {activation} and {self.weight_format}{experts}"
 
 
 def gemm_problem(
@@ -80,12 +83,19 @@ def gemm_problem(
         rounds: Inductor's option ``emulate_precision_casts``.
     """
     x_scale, weight_format, layout = args.get("x_scale"), args.get("weight_format", ""), args.get("weight_layout", "")
+    grouped = args.get("offsets") is not None
+
+    def of_weight(tensor: Any) -> list[int | None]:
+        return shape(tensor)[grouped:]
+
     # A packed weight's scales are in it, those of blocks.
-    scale_ndim = 2 if args["weight_scale"] is None else len(shape(args["weight_scale"]))
+    scale_ndim = 2 if args["weight_scale"] is None else len(of_weight(args["weight_scale"]))
     weight = [int(size or 0) for size in shape(args["weight"])]
-    n, k = features_of(args, lambda tensor: [size or 0 for size in shape(tensor)])
-    experts = weight[0] if len(weight) == 3 and not layout else 0
+    n, k = features_of(args, lambda tensor: [size or 0 for size in of_weight(tensor)])
+    experts = weight[0] if grouped or (len(weight) == 3 and not layout) else 0
     granularity, sizes = "", shape(x_scale) if x_scale is not None else []
+    if grouped and len(sizes) == 1:  # of an expert
+        sizes = []
     if x_scale is not None:
         granularity = "per_tensor" if not sizes else "per_token" if sizes[-1] == 1 else "per_group"
     return GemmProblem(
@@ -96,14 +106,17 @@ def gemm_problem(
         dtype=args.get("out_dtype") or dtype(args["x"]),
         weight_format=weight_format,
         # Of one expert: [E, N, 1] is that of channels.
-        weight_scale_ndim=max(0, scale_ndim - bool(experts)),
+        weight_scale_ndim=max(0, scale_ndim - bool(experts and not grouped)),
         experts=experts,
+        grouped=grouped,
         x_format=args.get("x_format", ""),
         x_granularity=granularity,
         scale_rule=args.get("scale_rule", ""),
         group_size=args.get("group_size", 0),
         x_columns=_x_columns(args, k, sizes),
-        weight_columns=0 if experts or args["weight_scale"] is None else _weight_columns(args, k, shape),
+        weight_columns=0
+        if (experts and not grouped) or args["weight_scale"] is None
+        else _weight_columns(args, k, of_weight),
         zero_points=any(args.get(f"{operand}_zero_point") is not None for operand in ("x", "weight")),
         rounds=rounds,
         layout=layout,

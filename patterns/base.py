@@ -122,7 +122,7 @@ class History:
     """What the rules did to a graph so far.
 
     Attributes:
-        replaced: of each new node the one whose place it took, and the rule's name.
+        replaced: of each new node the one whose place it took, and the rule's name, or those of several in one step.
         refused: of a node that stayed, the last rule's reason.
     """
 
@@ -302,6 +302,8 @@ def call(graph: Graph, op: torch._ops.OpOverload, named: Mapping[str, Any]) -> N
     """A call of an op, its arguments found by name, else ``None``."""
     # Positional, as tracing writes it: a later rule's pattern must find it so.
     values = [named.get(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
+    if op._schema.arguments[-1].name == "offsets" and values[-1] is None:
+        del values[-1]  # nor does tracing write it where it is not given
     return graph.call_function(op, tuple(values))
 
 

@@ -12,10 +12,12 @@ from quark_inductor.lowering.base import EMULATION
 from quark_inductor.patterns.base import GEMMS, PRODUCTS, VIEWS, Refusal, arguments, is_byte, layer_of
 from quark_inductor.patterns.nearest import nearest
 from quark_inductor.patterns.selection import LinearResult, is_fused
+from quark_inductor.schemes.base import features_of_plan
 from quark_inductor.schemes.ops import NAMESPACE
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _quantize = torch.ops.quark_inductor.block_quantize.default
+_grouped_linear = torch.ops.quark_inductor.grouped_linear.default
 # What a dequantize is written with, from a cast of codes to a GEMM.
 _DEQUANTIZES = frozenset(
     {
@@ -46,7 +48,7 @@ def is_left(node: Node) -> bool:
     """Whether a node quantizes or dequantizes: a block or unpack op of ours, or a cast from or to 8 bits."""
     if node.target is prims.convert_element_type.default:
         return is_byte(node) or is_byte(node.args[0])
-    if node.target is torch.ops.quark_inductor.unpack_weight.default:
+    if node.target in (torch.ops.quark_inductor.unpack_weight.default, _grouped_linear):
         return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE and not is_fused(node)
 
@@ -121,6 +123,10 @@ def leftovers(
             named = arguments(node)
             left = [n for name in ("x", "x_scale", "x_zero_point") for n in _dequantize_of(named.get(name))]
             partly = any(not is_byte(n) for n in left) and named.get("x_format") is None
+        elif node.target is _grouped_linear:
+            left, partly = [], True
+            if result is None:
+                result = LinearResult(layer_of(node), EMULATION, (), features_of_plan(node.args[3]), None, ())
         elif node.target in _OPERANDS and _comes_from_codes(node.args[_OPERANDS[node.target][1]]):
             places = _OPERANDS[node.target]
             left = [n for place in places for n in _dequantize_of(node.args[place])]

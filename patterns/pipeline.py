@@ -25,6 +25,7 @@ from quark_inductor.patterns.canonicalize import hoist_views
 from quark_inductor.patterns.cse import cse
 from quark_inductor.patterns.decode_attention import decode_attention
 from quark_inductor.patterns.decode_linear import decode_linear
+from quark_inductor.patterns.grouped_linear import grouped_linear
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.patterns.leftovers import leftovers
 from quark_inductor.patterns.selection import LinearResult, select_providers
@@ -90,6 +91,8 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
         _timed("decode_linear", decode_linear, graph),
     ]
     history = History()
+    with dynamo_timed("quark.grouped_linear", log_pt2_compile_event=True):
+        passes.append(grouped_linear(graph, history))
     for rule in registered_rules():
         with dynamo_timed(f"quark.{rule.name}", log_pt2_compile_event=True):
             passes.append(rule.apply(graph, history))

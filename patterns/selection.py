@@ -112,6 +112,6 @@ def _rules(node: Node, replaced: Mapping[Node, tuple[Node, str]]) -> tuple[str, 
     names: list[str] = []
     current: Any = node
     while current in replaced:
-        current, rule = replaced[current]
-        names.insert(0, rule)
+        current, rules = replaced[current]
+        names = [*rules.split(", "), *names]
     return tuple(names)

@@ -38,12 +38,22 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: where, under which name there, its shape and its dtype."""
+    """A tensor in a file, or a part of one.
+
+    Attributes:
+        file: where it is.
+        name: its name there.
+        shape: its shape.
+        dtype: its dtype.
+        part: ``None``: all of what is stored. Else which entry of the first dimension, from which output feature to
+            which, and whether those are the last dimension, as a weight ``[E, K, N]`` has them.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    part: tuple[int, int, int, bool] | None = None
 
 
 def read_json(path: Path) -> Any:
@@ -160,7 +170,13 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """
     try:
         with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored.name).clone()
+            if stored.part is None:
+                tensor: Tensor = file.get_tensor(stored.name).clone()
+            else:
+                expert, begin, end, transposed = stored.part
+                view = file.get_slice(stored.name)
+                tensor = view[expert, :, begin:end].t() if transposed else view[expert, begin:end]
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"cannot read {stored.name} from {stored.file} ({e}); download or export it again") from e
     return tensor

@@ -1,7 +1,6 @@
 """A Quark checkpoint into a transformers model, with every tensor accounted for before any is read."""
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 from collections import Counter
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor import checkpoint, files
+from quark_inductor.experts import finish_experts, split_for_, with_todays_names
 from quark_inductor.lowering import providers  # noqa: F401  their layouts
 from quark_inductor.lowering.target import current
 from quark_inductor.schemes import registry  # noqa: F401
 from quark_inductor.schemes.base import AT_LOAD, PER_CALL, QuarkLinear, replace_module, scheme_for, set_parameters
 from quark_inductor.schemes.errors import CheckpointError, ConfigError, OptionError, QuarkInductorError
+from quark_inductor.schemes.memory import return_freed
 from quark_inductor.schemes.ops import dtype_name
 from quark_inductor.schemes.spec import LinearSpec
 
@@ -70,6 +71,8 @@ def load(
     _check_depth(raw, stored, directory)
     model, stored_dtype = _empty_model(directory, dtype)
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    stored = with_todays_names(model, stored)
+    stored = split_for_(model, stored, lambda name: scheme is not None and config.spec_for(name) is not None)
     linears = insert_linears(model, config, stored, dynamic_fallback if scheme is None else None)
     # A float lm_head that is not stored, being the embedding, is quantized from the embedding.
     for name, source in tied.items():
@@ -77,6 +80,7 @@ def load(
             stored[name] = stored[source]
     online = {} if scheme is None else {f"{name}.weight": linear for name, (_, linear) in linears.items()}
     _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict, online, emulation)
+    finish_experts(model)
     model.requires_grad_(False)
     return model.eval()
 
@@ -148,7 +152,7 @@ def finish(name: str, linear: QuarkLinear, emulation: str) -> None:
         linear.dequantize_()
     else:
         linear.pack_()
-    _return_freed_memory()
+    return_freed()
 
 
 def _calibrated(
@@ -370,7 +374,7 @@ def _fill(
             raise CheckpointError(f"{name} holds a NaN or an infinity: the checkpoint is damaged; export it again")
         if name in online:
             set_parameters(online[name], **online[name].scheme.quantize_weight(tensor))
-            _return_freed_memory()
+            return_freed()
         else:
             assign(model, name, tensor)
         del tensor
@@ -400,13 +404,6 @@ def _fill(
 def _is_finite(tensor: Tensor) -> bool:
     # A piece at a time: what isfinite() makes on its way is several times as large as an embedding.
     return all(bool(piece.isfinite().all()) for piece in tensor.flatten().split(2**20))
-
-
-def _return_freed_memory() -> None:
-    # What quantizing a weight allocates and frees leaves glibc's heap in pieces, until it is as large as the float
-    # model. Other C libraries have no such function, nor need it.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fill_zero_points(model: nn.Module, accounting: Accounting, device: torch.device | None = None) -> None:

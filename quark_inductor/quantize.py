@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quark_inductor.checkpoint import from_presets
+from quark_inductor.checkpoint import QuantizationConfig, from_presets
+from quark_inductor.experts import finish_experts, split_float_experts_
 from quark_inductor.loading import naming, quantized_linears, replace_linears
 from quark_inductor.schemes.base import QuarkLinear, set_parameters
 from quark_inductor.schemes.errors import ConfigError
+from quark_inductor.schemes.experts import QuarkExperts
 
 
 def quantize_(
@@ -23,7 +25,8 @@ def quantize_(
     """Quantize a model's Linears in place, with amd-quark's numbers.
 
     Args:
-        model: a float model with its weights; every ``nn.Linear`` in it is a candidate.
+        model: a float model with its weights; every ``nn.Linear`` in it is a candidate, and so are the experts of
+            transformers' models, as Linears under amd-quark's names (``mlp.experts.0.gate_proj``, ...).
         scheme: a scheme's name (``"mxfp4"``, ``"ptpc_fp8"``, ``"nvfp4"``, ...), or a dict of fnmatch patterns on module
             names to scheme names: the first that matches wins, a Linear that none matches stays as it is.
         exclude: fnmatch patterns (or ``re:`` and a regular expression) of Linears that stay as they are.
@@ -40,13 +43,33 @@ def quantize_(
         ShapeError: a layer's sizes do not fit the scheme; exclude it.
     """
     config = from_presets(scheme, exclude)
+    undo = split_float_experts_(model, lambda name: config.spec_for(name) is not None)
+    try:
+        planned, seen = _plan(model, config, calibration)
+    except BaseException:
+        undo()
+        raise
+    del undo  # it holds float weights
+    for name in list(planned):
+        old, new = planned.pop(name)  # so that a float weight is freed as soon as it is quantized
+        if new.weight.is_meta:
+            with naming(name):
+                _quantize(old, new, seen.get(name))
+        replace_linears(model, {name: (old, new)})
+    finish_experts(model)
+    return model.requires_grad_(False).eval()
+
+
+def _plan(
+    model: nn.Module, config: QuantizationConfig, calibration: Iterable[Any] | None
+) -> tuple[dict[str, tuple[nn.Linear, QuarkLinear]], dict[str, "_Seen"]]:
+    """What replaces each Linear, and what calibration has seen of it. Every layer is checked; none is changed."""
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     dtypes = {m.weight.dtype for m in linears}
     if len(dtypes) != 1:
         raise ConfigError(
             f"the model's Linears have {len(dtypes)} dtypes ({dtypes}), expected one: cast the model first"
         )
-    # Every layer is checked before the first is changed: an error leaves the model as it was.
     planned = quantized_linears(model, config.spec_for, dtypes.pop())
     static = [n for n, (_, new) in planned.items() if _is_calibrated(new)]
     if static and calibration is None:
@@ -57,15 +80,21 @@ def quantize_(
     for name, (old, _) in planned.items():
         if not old.weight.isfinite().all():
             raise ConfigError(f"{name}: the weight holds a NaN or an infinity, which cannot be quantized")
-    seen = _run(model, {n: old for n, (old, _) in planned.items()}, calibration) if calibration is not None else {}
-    del linears
-    for name in list(planned):
-        old, new = planned.pop(name)  # so that a float weight is freed as soon as it is quantized
-        if new.weight.is_meta:
-            with naming(name):
-                _quantize(old, new, seen.get(name))
-        replace_linears(model, {name: (old, new)})
-    return model.requires_grad_(False).eval()
+    if calibration is None:
+        return planned, {}
+    return planned, _run(model, {n: old for n, (old, _) in planned.items()}, calibration, _synchronized(model, planned))
+
+
+def _synchronized(model: nn.Module, planned: Mapping[str, tuple[nn.Linear, QuarkLinear]]) -> Iterable[list[str]]:
+    """Linears that get one range: in amd-quark NVFP4 has one global scale for the inputs of all experts of a layer."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (_, new) in planned.items():
+        experts, _, linear = name.rpartition(".")
+        experts = experts.rpartition(".")[0]
+        has_global = new.scheme.spec.input is not None and new.scheme.spec.input.second is not None
+        if has_global and isinstance(model.get_submodule(experts), QuarkExperts):
+            groups.setdefault((experts, linear), []).append(name)
+    return groups.values()
 
 
 @dataclass(slots=True)
@@ -79,7 +108,7 @@ class _Seen:
 
 def _quantize(old: nn.Linear, new: QuarkLinear, seen: _Seen | None) -> None:
     scheme = new.scheme
-    weight = old.weight.data
+    weight = old.weight.data.contiguous()  # of an expert it may be part of a transposed one
     if seen is None or scheme.input is None or not _is_calibrated(new):
         tensors = scheme.quantize_weight(weight)
     else:
@@ -97,8 +126,13 @@ def _is_calibrated(linear: QuarkLinear) -> bool:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterable[Any]) -> dict[str, _Seen]:
-    """Run the float model; what each Linear saw.
+def _run(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    calibration: Iterable[Any],
+    synchronized: Iterable[list[str]],
+) -> dict[str, _Seen]:
+    """Run the float model; what each Linear saw, or all of a synchronized group.
 
     Raises:
         ConfigError: no data; a Linear that saw none, or something that is not finite.
@@ -132,6 +166,10 @@ def _run(model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Iterab
                     model(**inputs)
                 else:
                     model(inputs)
+    for names in synchronized:
+        if seen := [ranges[name] for name in names if name in ranges]:
+            lows, highs = zip(*seen, strict=True)
+            ranges.update(dict.fromkeys(names, (torch.stack(lows).amin(), torch.stack(highs).amax())))
     for name in linears:
         if name not in ranges:
             raise ConfigError(f"{name}: the calibration data never reached it; exclude it, or calibrate with more")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quark_inductor.schemes.base import QuarkLinear
+from quark_inductor.schemes.experts import GroupedLinear, QuarkExperts
 
 if TYPE_CHECKING:
     from quark_inductor.patterns.selection import LinearResult
@@ -182,9 +183,15 @@ def explain(
     with torch.no_grad(), graphs_not_cached(), collect_results() as results, unwrapped_errors():
         compiled(*args, **kwargs)
     named = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    quantized = {
-        name: m for name, m in named.items() if isinstance(m, QuarkLinear) and m.scheme.spec.weight is not None
+    quantized: dict[str, QuarkLinear | GroupedLinear] = {
+        name: m
+        for name, m in named.items()
+        if isinstance(m, QuarkLinear | GroupedLinear) and m.scheme.spec.weight is not None
     }
+    # Those of grouped experts are one GEMM a projection.
+    grouped = [m for m in named.values() if isinstance(m, QuarkExperts) and m.grouped]
+    parts = {part for experts in grouped for expert in experts.experts for part in expert.modules()}
+    quantized = {name: m for name, m in quantized.items() if m not in parts}
 
     def name_of(linear: "LinearResult") -> str:
         # Merged Linears are one GEMM: here under the name of the first.
@@ -192,7 +199,7 @@ def explain(
 
     def scheme_of(layer: str) -> str:
         module = named.get(layer)
-        return module.scheme.name if isinstance(module, QuarkLinear) else ""
+        return module.scheme.name if isinstance(module, QuarkLinear | GroupedLinear) else ""
 
     linears = [
         LinearReport(
@@ -211,8 +218,9 @@ def explain(
         for linear in result.linears
     ]
     seen = {linear.name for linear in linears}
-    wide = {id(m.merged[0]) for name, m in quantized.items() if name in seen and m.merged is not None}
-    seen |= {name for name, m in quantized.items() if m.merged is not None and id(m.merged[0]) in wide}
+    merged = {n: id(m.merged[0]) for n, m in quantized.items() if isinstance(m, QuarkLinear) and m.merged is not None}
+    wide = {whole for name, whole in merged.items() if name in seen}
+    seen |= {name for name, whole in merged.items() if whole in wide}
     reason = "it is in no compiled graph: not called, or run by Python after a graph break"
     linears += [
         LinearReport(

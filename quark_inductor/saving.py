@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quark_inductor import checkpoint, files
 from quark_inductor.loading import scales_and_zero_points
 from quark_inductor.schemes.base import AT_LOAD, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
+from quark_inductor.schemes.experts import QuarkExperts
 from quark_inductor.schemes.ops import dtype_name
 
 
@@ -41,9 +43,14 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{directory} already holds {taken[0]}; choose another directory, or empty it")
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    # A copy of each, because what was merged shares memory, and would be written once.
+    # A copy of each, because what was merged or grouped shares memory, and would be written once.
     merged = tuple(f"{n}." for n, m in linears.items() if m.merged is not None)
-    state = {n: t.clone() if n.startswith(merged) else t for n, t in model.state_dict().items() if n not in tied}
+    merged += tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, QuarkExperts) and m.grouped)
+    state = {
+        n: t.clone(memory_format=torch.contiguous_format) if n.startswith(merged) else t
+        for n, t in model.state_dict().items()
+        if n not in tied
+    }
     scales, _ = scales_and_zero_points(model)
     floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:

@@ -23,6 +23,7 @@ from quark_inductor.schemes.errors import (
     TrainingError,
 )
 from quark_inductor.schemes.layout import Layout, Stored, layout_for
+from quark_inductor.schemes.numerics import fp8
 from quark_inductor.schemes.ops import dtype_name, dtype_of
 from quark_inductor.schemes.plan import Plan, parse
 from quark_inductor.schemes.spec import LinearSpec, TensorSpec
@@ -366,7 +367,7 @@ class QuarkLinear(nn.Module):
                     along = next(d for d, size in enumerate(whole.shape) if size != mine[name].shape[d])
                     entries = mine[name].shape[along]
                     part[name] = whole.data.narrow(along, begin * entries // width, entries)
-                if part[name].shape != mine[name].shape or not _same_bytes(part[name], mine[name]):
+                if part[name].shape != mine[name].shape or not same_bytes(part[name], mine[name]):
                     return f"{name} is not the same for all of them, and the scheme has one for a Linear"
         for m, part, begin in zip(linears, parts, begins, strict=True):
             set_parameters(m, **part)
@@ -394,19 +395,22 @@ class QuarkLinear(nn.Module):
 
     def _replan(self) -> None:
         """Write the plan anew: something that it is about has changed."""
-        if self.__dict__.get("packed") is None:
-            return
-        layout, stored = self.packed  # type: ignore[misc]
-        plan = Plan(
+        if self.__dict__.get("packed") is not None:
+            self.plan = self.planned().text()
+
+    def planned(self) -> Plan:
+        """How it computes, but for its tensors."""
+        layout, stored = self.packed or (None, None)
+        return Plan(
             spec=self.scheme.spec,
             dtype=dtype_name(self.params_dtype),
             in_features=self.in_features,
             out_features=self.out_features,
             names=tuple(name for name, p in self._parameters.items() if p is not None),
-            layout=layout.name,
+            layout="" if layout is None else layout.name,
             stored=stored,
+            emulation=self.emulation,
         )
-        self.plan = plan.text()
 
     def _share_packed(self) -> None:
         """Of a merged Linear: its part of the packed weight of all."""
@@ -554,14 +558,17 @@ def _unpack(packed: Tensor, layout: str, stored: Stored) -> dict[str, Tensor]:
     return dict(zip(stored.names, tensors, strict=True))
 
 
-class _Unpacked:
-    """What a scheme reads of a Linear whose weight is packed: its tensors as the checkpoint has them."""
+class _Planned:
+    """What a scheme reads of a Linear that has a plan: its tensors as the checkpoint has them."""
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor]) -> None:
         named = dict(zip(plan.names, tensors, strict=True))
-        self.params_dtype, self.emulation = dtype_of(plan.dtype), PER_CALL
+        self.params_dtype, self.emulation = dtype_of(plan.dtype), plan.emulation
         self.bias = named.get("bias")
-        vars(self).update({**named, **_unpack(named["weight_packed"], plan.layout, plan.stored)})
+        if plan.stored is not None:
+            named |= _unpack(named["weight_packed"], plan.layout, plan.stored)
+        self.is_fnuz = named["weight"].dtype == fp8.FNUZ
+        vars(self).update(named)
 
 
 @functools.cache
@@ -570,10 +577,16 @@ def _planned(text: str) -> tuple[Plan, QuarkScheme]:
     return plan, scheme_for(plan.spec)
 
 
+def features_of_plan(plan: str) -> tuple[int, int]:
+    """``(N, K)`` of a Linear by its plan."""
+    found, _ = _planned(plan)
+    return found.out_features, found.in_features
+
+
 def linear(x: Tensor, tensors: Sequence[Tensor], plan: str) -> Tensor:
-    """A packed Linear: ``x [..., K]`` to ``[..., N]``, in plain ops and those of :mod:`.ops`; see :mod:`.plan`."""
+    """A Linear by its plan: ``x [..., K]`` to ``[..., N]``, in plain ops and those of :mod:`.ops`; see :mod:`.plan`."""
     found, scheme = _planned(plan)
-    layer = _Unpacked(found, tensors)
+    layer = _Planned(found, tensors)
     # 2-D first and a view last: then no view ever stands between a quantize and its GEMM.
     y = scheme.apply_weights(layer, x.reshape(-1, found.in_features), layer.bias)
     return y.view(*x.shape[:-1], found.out_features)
@@ -584,7 +597,8 @@ ops.lib.define("linear(Tensor x, Tensor[] tensors, str plan) -> Tensor", tags=(t
 ops.lib.impl("linear", linear, "CompositeImplicitAutograd")
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, bit by bit."""
     return a.dtype == b.dtype and torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 
 

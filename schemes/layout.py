@@ -82,7 +82,7 @@ def named(name: str) -> Layout:
         ValueError: there is none; names the known ones.
     """
     if name not in _LAYOUTS:
-        raise ValueError(f"there is no layout {name!r}; expected one of {', '.join(_LAYOUTS) or '(none)'}")
+        raise ValueError(f"there is no layout {name!r}; expected one of {', '.join(sorted(_LAYOUTS)) or '(none)'}")
     return _LAYOUTS[name]
 
 

@@ -21,7 +21,7 @@ the same, by groups            int32 ``[K, N/8]``        ``[K/G, N]``           
 A packed weight is one uint8 tensor, which holds a block format's scales too; its layout and the shape of its codes are
 then given besides (:mod:`.layout`). Weights in a block format, and FP8 ones with a scale ``[]``, ``[E, N]`` or
 ``[E, N, 1]``, may be those of E experts, ``[E, N, ...]``: then the activation is ``[E, M, K]``, and so is what is said
-of it below.
+of it below. Of a grouped GEMM (``offsets``, see :mod:`.ops`) every tensor of a weight has a first dimension of E.
 
 4-bit integers are packed in the order "reorder"; a name with ``_order`` at its end says "order", see
 :data:`.numerics.int4.FORMATS`. The formats of an activation ``[M, K]`` are the block formats, those of FP8, and

@@ -10,8 +10,9 @@ Every op is functional, takes strings, ints and tensors, and has a schema, a fak
 Legend: M tokens, K input features, N output features. ``out_dtype`` is a torch dtype's bare name (``"bfloat16"``).
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +79,53 @@ def unpack_weight(
     return [t.clone() if t.untyped_storage()._cdata == own else t for t in tensors]
 
 
+def hit_experts(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Each expert that has rows, and where they begin and end; ``offsets [E]``: where each one's end."""
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            yield expert, begin, end
+        begin = end
+
+
+def _of_expert(name: str, tensor: Tensor, expert: int, begin: int, end: int) -> Tensor:
+    if name == "x" or (name in ("x_scale", "x_zero_point") and tensor.ndim == 2):
+        return tensor[begin:end]
+    return tensor[expert] if tensor.ndim else tensor
+
+
+def _grouped(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give a GEMM a last argument ``offsets [E]``: with it, it is one of E experts.
+
+    Rows of the activation up to ``offsets[0]`` are those of the first expert, and so on; rows from the last offset on
+    are nobody's, and give zeros. Weight, its scales, its zero points and the bias have a first dimension of E, and so
+    has a scale of the activation that is given per expert, ``[E]``. Only weights of experts that have rows are read.
+    """
+    own = inspect.signature(gemm)
+    last = inspect.Parameter("offsets", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    signature = own.replace(parameters=[*own.parameters.values(), last])
+
+    @functools.wraps(gemm)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        offsets = named.pop("offsets", None)
+        if offsets is None:
+            return gemm(**named)
+        x, (n, _) = named["x"], operands.features_of(named, lambda tensor: tensor.shape[1:])
+        y = x.new_zeros((x.shape[0], n), dtype=dtype_of(named["out_dtype"]) if "out_dtype" in named else x.dtype)
+        for expert, begin, end in hit_experts(offsets):
+            of_one = {
+                name: _of_expert(name, value, expert, begin, end) if isinstance(value, Tensor) else value
+                for name, value in named.items()
+            }
+            y[begin:end] = gemm(**of_one)
+        return y
+
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+@_grouped
 def weight_only_gemm(
     x: Tensor,
     weight: Tensor,
@@ -106,6 +154,7 @@ def weight_only_gemm(
     return operands.matmul(x, values, bias)
 
 
+@_grouped
 def quantized_gemm(
     x: Tensor,
     x_scale: Tensor,
@@ -142,6 +191,7 @@ def quantized_gemm(
     )
 
 
+@_grouped
 def prologue_gemm(
     x: Tensor,
     x_scale: Tensor | None,
@@ -239,51 +289,53 @@ def _fake_of(gemm: Callable[..., Tensor]) -> Callable[..., Tensor]:
             not group_size or k % group_size == 0,
             lambda: f"{gemm.__name__}: K = {k} is not a multiple of {group_size}",
         )
-        n, _ = operands.features_of(named, lambda tensor: tensor.shape)
+        grouped = named.get("offsets") is not None
+        n, _ = operands.features_of(named, lambda tensor: tensor.shape[grouped:])
         return x.new_empty((*rows, n), dtype=dtype_of(named["out_dtype"]) if "out_dtype" in named else x.dtype)
 
     return fake
 
 
-def _register(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
+def register(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
+    """Define an op of this namespace by its schema, its eager implementation and its fake."""
     name = schema.partition("(")[0]
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     lib.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
 
 
-_register(
+register(
     "block_quantize(Tensor x, str format, str scale_rule, Tensor? global_scale=None) -> (Tensor, Tensor)",
     block_quantize,
     _fake_block_quantize,
 )
-_register(
+register(
     "block_dequantize(Tensor codes, Tensor scales, str format, str out_dtype, Tensor? global_scale=None, "
     "float zero_scale=0.0) -> Tensor",
     block_dequantize,
     _fake_block_dequantize,
 )
-_register("int4_unpack(Tensor packed, str format) -> Tensor", int4_unpack, _fake_int4_unpack)
-_register(
+register("int4_unpack(Tensor packed, str format) -> Tensor", int4_unpack, _fake_int4_unpack)
+register(
     "unpack_weight(Tensor packed, str weight_layout, str weight_format, int[] weight_shape, bool transposed) "
     "-> Tensor[]",
     unpack_weight,
     _fake_unpack_weight,
 )
 _WEIGHT = "Tensor weight, Tensor? weight_scale, Tensor? weight_scale_2, Tensor? weight_zero_point, Tensor? bias"
-_PACKED = 'str weight_layout="", int weight_rows=0, int weight_columns=0'
-_register(
+_PACKED = 'str weight_layout="", int weight_rows=0, int weight_columns=0, Tensor? offsets=None'
+register(
     f"weight_only_gemm(Tensor x, {_WEIGHT}, str weight_format, {_PACKED}) -> Tensor",
     weight_only_gemm,
     _fake_of(weight_only_gemm),
 )
-_register(
+register(
     f"quantized_gemm(Tensor x, Tensor x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
     f"str weight_format, str out_dtype, {_PACKED}) -> Tensor",
     quantized_gemm,
     _fake_of(quantized_gemm),
 )
-_register(
+register(
     f"prologue_gemm(Tensor x, Tensor? x_scale, Tensor? x_scale_2, Tensor? x_zero_point, {_WEIGHT}, str x_format, "
     f"str scale_rule, int group_size, str weight_format, {_PACKED}) -> Tensor",
     prologue_gemm,

@@ -24,8 +24,9 @@ class Plan:
         in_features: K.
         out_features: N.
         names: those of its tensors, in the order in which the op gets them.
-        layout: name of the layout of ``weight_packed``.
+        layout: name of the layout of ``weight_packed``; ``""``: the weight is not packed.
         stored: what is packed in it.
+        emulation: when the weight is dequantized, as :class:`.base.QuarkLinear` says it.
     """
 
     spec: LinearSpec
@@ -33,8 +34,9 @@ class Plan:
     in_features: int
     out_features: int
     names: tuple[str, ...]
-    layout: str
-    stored: Stored
+    layout: str = ""
+    stored: Stored | None = None
+    emulation: str = "per_call"
 
     def text(self) -> str:
         """As JSON, the same for equal plans."""
@@ -46,7 +48,7 @@ def parse(text: str) -> Plan:
     raw = json.loads(text)
     tensors = {name: _tensor(raw["spec"][name]) for name in ("weight", "input", "output")}
     spec = LinearSpec(**{**raw["spec"], **tensors})
-    stored = Stored(**{**raw["stored"], "shape": tuple(raw["stored"]["shape"])})
+    stored = raw["stored"] and Stored(**{**raw["stored"], "shape": tuple(raw["stored"]["shape"])})
     return Plan(**{**raw, "spec": spec, "names": tuple(raw["names"]), "stored": stored})
 
 

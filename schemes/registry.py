@@ -2,6 +2,7 @@
 
 from quark_inductor.schemes import (
     amdfp4,  # noqa: F401  isort:skip
+    experts,  # noqa: F401  isort:skip  not a scheme: compiled code calls its op
     mxfp8_online,  # noqa: F401  isort:skip
     nvfp4,  # noqa: F401  isort:skip
     ocp_mx,  # noqa: F401  isort:skip

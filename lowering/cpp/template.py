@@ -5,6 +5,7 @@ whatever Inductor fuses after the GEMM run on the float32 tile while it is in ca
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ extern "C" {{export}}
 {%- endif %}
   const int64_t most = std::min<int64_t>(M, {{rows_at_a_time}});
   uint8_t* const rows = quark::kept_memory<0>({{chosen.rows_bytes}});
-{%- for name in chosen.experts %}
+{%- for name in strides %}
   const auto* const {{name}}_of_all = {{name}};
 {%- endfor %}
   #pragma omp parallel num_threads({{num_threads}})
@@ -65,12 +66,21 @@ extern "C" {{export}}
 {%- if chosen.scratch %}
   uint8_t* const scratch = quark::kept_memory<2>({{chosen.scratch}});
 {%- endif %}
-{%- if chosen.experts %}
+{%- if grouped %}
+  // After the last expert come the rows of none.
+  for (int64_t e = 0; e <= {{experts}}; e++) {
+  const bool is_expert = e < {{experts}};
+  const int64_t m_first = e == 0 ? 0 : offsets[e - 1], m_last = is_expert ? offsets[e] : M;
+  if (m_first >= m_last) continue;
+  const int64_t expert = is_expert ? e : 0;
+{%- elif experts %}
   for (int64_t expert = 0; expert < {{experts}}; expert++) {
-{%- for name, stride in chosen.experts.items() %}
+  const int64_t m_first = expert * (M / {{experts}}), m_last = m_first + M / {{experts}};
+{%- endif %}
+{%- if experts %}
+{%- for name, stride in strides.items() %}
   const auto* const {{name}} = {{name}}_of_all + expert * {{stride}};
 {%- endfor %}
-  const int64_t m_first = expert * (M / {{experts}}), m_last = m_first + M / {{experts}};
 {%- else %}
   const int64_t m_first = 0, m_last = M;
 {%- endif %}
@@ -87,7 +97,19 @@ extern "C" {{export}}
       for (int64_t m_tile = 0; m_tile < m_tiles; m_tile++) {
         const int64_t m_start = m_begin + m_tile * MT, m_end = std::min<int64_t>(m_stop, m_start + MT);
         const int64_t n_start = n_tile * NT, n_end = std::min<int64_t>(N, n_start + NT);
+        {%- if grouped %}
+        if (is_expert) {
+          {{chosen.tile}};
+          {%- if "bias" in inputs %}
+          for (int64_t m = 0; m < m_end - m_start; m++)
+            for (int64_t n = 0; n < n_end - n_start; n++) tile[m * NT + n] += float(bias[n_start + n]);
+          {%- endif %}
+        } else {
+          std::fill(tile, tile + MT * NT, 0.0f);
+        }
+        {%- else %}
         {{chosen.tile}};
+        {%- endif %}
         {%- if plain %}
         using Vec = at::vec::Vectorized<float>;
         for (int64_t m = m_start; m < m_end; m++) {
@@ -108,7 +130,7 @@ extern "C" {{export}}
       }
   }
   }
-{%- if chosen.experts %}
+{%- if experts %}
   }
 {%- endif %}
 }
@@ -219,8 +241,9 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         # whoever asks Inductor for the rounding of eager code gets it.
         rounds_to = dtype if config.emulate_precision_casts else None
         # Generating code for an epilogue takes Inductor longer than all else of a kernel, and most Linears have none.
-        plain = len(chain) == 1 and "bias" not in self.inputs
-        chosen = kernel_for(self.target, problem, self.inputs, rounds_to, self.num_threads)
+        plain = len(chain) == 1 and (problem.grouped or "bias" not in self.inputs)
+        of_one = {n: _OfExpert(t) for n, t in self.inputs.items()} if problem.grouped else self.inputs
+        chosen = kernel_for(self.target, problem, of_one, rounds_to, self.num_threads)
         options: dict[str, Any] = {
             "kernel": kernel,
             "template": self,
@@ -247,12 +270,15 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
             "rows_at_a_time": chosen.rows_at_a_time,
             "num_threads": self.num_threads,
             "experts": problem.experts,
+            "grouped": problem.grouped,
+            "strides": _strides(self.inputs) if problem.grouped else chosen.experts,
         }
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(gemm_out)):
             return str(_template(_SOURCE).render(**options))
 
     def _bias_and_cast(self, gemm_out: Any) -> Any:
-        bias, dtype = self.inputs.get("bias"), self.layout.dtype
+        # That of a grouped GEMM is another for each expert: the template adds it.
+        bias, dtype = None if self.problem.grouped else self.inputs.get("bias"), self.layout.dtype
         load, load_bias = gemm_out.make_loader(), bias.make_loader() if bias is not None else None
 
         def inner(index: Any) -> Any:
@@ -264,14 +290,40 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         return ir.Pointwise(device=gemm_out.get_device(), dtype=dtype, inner_fn=inner, ranges=gemm_out.get_size())
 
 
+@dataclass(frozen=True, slots=True)
+class _OfExpert:
+    """A tensor of a grouped GEMM, as that of one expert: without the dimension of the experts."""
+
+    of_all: Any
+
+    def get_size(self) -> list[Any]:
+        """Shape."""
+        return list(self.of_all.get_size()[1:])
+
+    def get_stride(self) -> list[Any]:
+        """Strides."""
+        return list(self.of_all.get_stride()[1:])
+
+
+def _strides(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """What lies between the entries of two experts, of every tensor that has some."""
+    strides = {}
+    for name, tensor in inputs.items():
+        size = tensor.get_size()
+        if name.startswith("weight") or name == "bias" or (name.startswith("x_") and len(size) == 1):
+            strides[name] = math.prod(int(s) for s in size[1:])
+    return strides
+
+
 def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     """Inductor IR of a fused op as one call of the template."""
     tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str | int)}
     rows = tensors["x"].get_size()[:-1]
-    if problem.experts:
+    batched = problem.experts and not problem.grouped
+    if batched:
         *_, k = tensors["x"].get_size()
         tensors["x"] = view(tensors["x"], [rows[0] * rows[1], k])
-    integers = problem.weight_format in ("int8", "uint8")
+    integers = problem.weight_format in ("int8", "uint8") and not problem.grouped
     strided = ("weight_scale", "weight_zero_point", *(() if problem.layout else ("weight",))) if integers else ()
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
     size = [inputs["x"].get_size()[0], problem.n]
@@ -280,4 +332,4 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     choices: list[Any] = []
     CppQuarkGemm(target, problem, inputs, layout).maybe_append_choice(choices)
     result = select_choice(f"quark_{problem.op}", choices, list(inputs.values()), layout)
-    return view(result, [*rows, problem.n]) if problem.experts else result
+    return view(result, [*rows, problem.n]) if batched else result

@@ -123,7 +123,7 @@ def test_outputs_of_linears(name: str, adds_up_alike: bool) -> None:
     for key, expected in reference(name).items():
         module = key.removesuffix(".output")
         x = reference(name).get(f"{module}.input")
-        if not key.endswith(".output") or x is None:
+        if not key.endswith(".output") or x is None or module.endswith(".experts"):
             continue
         ours = linear(name, module)(x)
         if adds_up_alike:
@@ -133,6 +133,15 @@ def test_outputs_of_linears(name: str, adds_up_alike: bool) -> None:
                 2 * x.shape[-1] * 2.0**-24 * expected.abs().max().float() + expected.abs() * torch.finfo(x.dtype).eps
             )
             assert ((ours - expected).abs() <= bound).all(), key
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("moe_")])
+def test_outputs_of_experts(name: str, adds_up_alike: bool) -> None:
+    if not adds_up_alike:
+        pytest.skip("this CPU adds up in another order than the one of the fixtures")
+    numbers, module = reference(name), "model.layers.0.mlp.experts"
+    x, index, weights = (numbers[f"{module}.{part}"] for part in ("input", "top_k_index", "top_k_weights"))
+    assert torch.equal(loaded(name).get_submodule(module)(x, index, weights), numbers[f"{module}.output"])
 
 
 @pytest.mark.parametrize("name", NAMES)

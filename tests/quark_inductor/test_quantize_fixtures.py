@@ -23,7 +23,7 @@ FIXTURE_NAMES = sorted(
     path.parent.name
     for path in FIXTURES.glob("*/reference.safetensors")
     if path.parent.name.removesuffix("_fp32") not in ("mxfp4", "fp8", "ptpc_fp8")  # those of another base model
-    and not path.parent.name.startswith(("f2f_", "qwen3_", "mixtral_", "gpt_oss_"))  # the last three: of other models
+    and not path.parent.name.startswith(("f2f_", "qwen3_", "mixtral_", "gpt_oss_", "moe_"))  # but f2f_: of other models
     and not path.parent.name.endswith(("_awq", "_gptq", "_smoothquant", "_rotation"))
     and "_kv_" not in path.parent.name  # no scheme's name quantizes outputs
     and "_attn_fp8" not in path.parent.name

@@ -23,6 +23,7 @@ OPS = torch.ops.quark_inductor
 NAMES = [
     "block_dequantize",
     "block_quantize",
+    "grouped_linear",
     "int4_unpack",
     "linear",
     "prologue_gemm",

@@ -160,6 +160,7 @@ def _split(module: Any) -> QuarkExperts:
     for name in weights:
         del module._parameters[name]
         module._parameters.pop(f"{name}_bias", None)
+    module._is_hf_initialized = True  # or transformers, loading a checkpoint, gives its parameters random values
     sums = torch.float32 if type(module).__name__ in SUMMED_IN_FLOAT32 else None
     return QuarkExperts(experts, module, sums)
 

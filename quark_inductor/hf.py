@@ -11,9 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quark_inductor import checkpoint, files
+from quark_inductor.experts import finish_experts, split_for_, with_todays_names
 from quark_inductor.loading import Accounting, account, assign, fill_zero_points, finish, insert_linears
 from quark_inductor.schemes.base import PER_CALL, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
+from quark_inductor.schemes.experts import QuarkExperts
 from quark_inductor.schemes.ops import dtype_of
 
 
@@ -52,6 +54,11 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(
                 "the checkpoint has the tensor names of amd-quark 0.11; load it with quark_inductor.load instead"
             )
+        if with_todays_names(model, stored).keys() != stored.keys():
+            raise CheckpointError(
+                "the checkpoint has the names that experts had before transformers 5; load it with quark_inductor.load"
+            )
+        stored = split_for_(model, stored, lambda name: False)
         insert_linears(model, self.quantization_config.parsed, stored, dynamic_fallback=False)
         self._accounting = account(model, stored, _stored_dtype(Path(checkpoint_files[0]).parent), strict=True)
         # Or transformers reports as missing what is 0.
@@ -68,7 +75,14 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, QuarkLinear):
                 finish(name, module, PER_CALL)
+        finish_experts(model)
         return model.requires_grad_(False)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts that are Linears in the model, too, are not made one parameter."""
+        if not any(isinstance(m, QuarkExperts) for m in model.modules()):
+            return weight_conversions
+        return [c for c in weight_conversions if not any(".experts." in target for target in c.target_patterns)]
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes what ``from_pretrained`` reads."""

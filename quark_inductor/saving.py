@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from quark_inductor import checkpoint, files
@@ -46,11 +45,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     # A copy of each, because what was merged or grouped shares memory, and would be written once.
     merged = tuple(f"{n}." for n, m in linears.items() if m.merged is not None)
     merged += tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, QuarkExperts) and m.grouped)
-    state = {
-        n: t.clone(memory_format=torch.contiguous_format) if n.startswith(merged) else t
-        for n, t in model.state_dict().items()
-        if n not in tied
-    }
+    state = {n: t.clone() if n.startswith(merged) else t for n, t in model.state_dict().items() if n not in tied}
     scales, _ = scales_and_zero_points(model)
     floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:

@@ -531,6 +531,9 @@ class QuarkLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for name in self._parameters:  # of grouped experts some are columns of a wider one
+            if (tensor := destination.get(f"{prefix}{name}")) is not None and not tensor.is_contiguous():
+                destination[f"{prefix}{name}"] = tensor.contiguous()
         if self.packed is not None:
             del destination[f"{prefix}weight_packed"]
             # A clone has no padding behind it, which whoever saves storages would find.

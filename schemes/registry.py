@@ -4,6 +4,7 @@ from quark_inductor.schemes import (
     amdfp4,  # noqa: F401  isort:skip
     experts,  # noqa: F401  isort:skip  not a scheme: compiled code calls its op
     mxfp8_online,  # noqa: F401  isort:skip
+    mxfp8_online_moe,  # noqa: F401  isort:skip  of experts, by itself
     nvfp4,  # noqa: F401  isort:skip
     ocp_mx,  # noqa: F401  isort:skip
     unquantized,  # noqa: F401  isort:skip

@@ -19,7 +19,8 @@ from quark_inductor.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.base import QuarkLinear
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# One of each scheme, and what is stored in other ways: sharded, tied, float32 scales, no zero points, FP8 outputs.
+# One of each scheme, and what is stored in other ways: sharded, tied, float32 scales, no zero points, FP8 outputs, and
+# experts.
 NAMES = [
     *(
         "mxfp4",
@@ -35,6 +36,7 @@ NAMES = [
     ),
     *("mxfp6_e2m3", "mxfp4_fp8", "fp8_block", "fp8_e5m2", "mxfp4_sharded", "mxfp4_tied", "mxfp4_lmhead", "fp8_fp32"),
     *("fp8_float32_scale", "f2f_ptpc_fp8", "f2f_int8_wo_perchannel", "fp8_attn_fp8", "mxfp4_kv_excluded"),
+    *("moe_mixtral_fp8", "moe_qwen3_nvfp4", "moe_qwen3_uint4_wo_32", "moe_gpt_oss_mxfp4_fp8"),
 ]
 IDS = torch.arange(12)[None] % 16
 CopyOf = Callable[[str], Any]

@@ -1,7 +1,9 @@
 """Experts of transformers' models, which hold all of a layer's as one parameter, as Linears of their own and back."""
 
+import contextlib
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor.files import StoredTensor
-from quark_inductor.schemes.base import replace_module
+from quark_inductor.schemes.base import QuarkLinear, replace_module
 from quark_inductor.schemes.experts import DOWN, QuarkExperts
-from quark_inductor.schemes.memory import return_freed
+from quark_inductor.schemes.memory import short_lived
 
 # Transformers before 5 had, and amd-quark under them wrote, Mixtral's experts under these names.
 _OLD_MODULE, _OLD_LINEARS = "block_sparse_moe", {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -174,6 +176,38 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def packing_for(model: nn.Module, name: str) -> contextlib.AbstractContextManager[None]:
+    """Around what packs a Linear of this name: one of experts is copied when all of them are grouped."""
+    expert, _, _ = name.rpartition(".")
+    owner = model.get_submodule(expert.rpartition(".")[0])
+    return short_lived() if isinstance(owner, QuarkExperts) else contextlib.nullcontext()
+
+
+class Grouping:
+    """Groups the experts of a layer as soon as the last of their Linears is finished, so that few lie in two places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[nn.Module, QuarkExperts] = {}
+        for module in model.modules():
+            if isinstance(module, QuarkExperts):
+                linears = (m for expert in module.experts for m in expert.children())
+                self._owners |= {m: module for m in linears if isinstance(m, QuarkLinear)}
+        self._left = Counter(self._owners.values())
+
+    @contextlib.contextmanager
+    def finishing(self, linear: nn.Module) -> Iterator[None]:
+        """Around what packs a Linear."""
+        owner = self._owners.get(linear)
+        if owner is None:
+            yield
+            return
+        with short_lived():  # it is copied when it is grouped
+            yield
+        self._left[owner] -= 1
+        if not self._left[owner]:
+            owner.group_()
+
+
 def finish_experts(model: nn.Module) -> None:
     """Once every Linear has its tensors: group those of a layer, or put the model's own experts back if all are float.
 
@@ -190,7 +224,6 @@ def finish_experts(model: nn.Module) -> None:
             replace_module(model, name, original)
         else:
             module.group_()
-            return_freed()
 
 
 def _join(original: Any, experts: list[dict[str, Any]]) -> None:

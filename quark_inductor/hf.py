@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quark_inductor import checkpoint, files
-from quark_inductor.experts import finish_experts, split_for_, with_todays_names
+from quark_inductor.experts import Grouping, finish_experts, split_for_, with_todays_names
 from quark_inductor.loading import Accounting, account, assign, fill_zero_points, finish, insert_linears
 from quark_inductor.schemes.base import PER_CALL, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
@@ -72,9 +72,11 @@ class QuarkInductorHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._accounting is not None
         fill_zero_points(model, self._accounting)
-        for name, module in model.named_modules():
+        grouping = Grouping(model)
+        for name, module in list(model.named_modules()):
             if isinstance(module, QuarkLinear):
-                finish(name, module, PER_CALL)
+                with grouping.finishing(module):
+                    finish(name, module, PER_CALL)
         finish_experts(model)
         return model.requires_grad_(False)
 

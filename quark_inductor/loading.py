@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor import checkpoint, files
-from quark_inductor.experts import finish_experts, split_for_, with_todays_names
+from quark_inductor.experts import Grouping, finish_experts, split_for_, with_todays_names
 from quark_inductor.lowering import providers  # noqa: F401  their layouts
 from quark_inductor.lowering.target import current
 from quark_inductor.schemes import registry  # noqa: F401
@@ -356,6 +356,7 @@ def _fill(
     fill_zero_points(model, accounting, device)
     linears = {module: name for name, module in model.named_modules() if isinstance(module, QuarkLinear)}
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in accounting.targets}
+    grouping = Grouping(model)
     # A Linear is finished as soon as its last tensor is there, and the largest come first: what finishing one takes
     # is memory besides all that were loaded before.
     left = Counter(owners.values())
@@ -381,7 +382,8 @@ def _fill(
         left[owner] -= 1
         if isinstance(owner, QuarkLinear) and not left[owner]:
             packed += sum(p.nbytes for p in owner.parameters())
-            finish(linears[owner], owner, emulation)
+            with grouping.finishing(owner):
+                finish(linears[owner], owner, emulation)
     if emulation == AT_LOAD:
         floats = sum(p.nbytes for linear in linears for p in linear.parameters())
         log.warning(

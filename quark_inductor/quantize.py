@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quark_inductor.checkpoint import QuantizationConfig, from_presets
-from quark_inductor.experts import finish_experts, split_float_experts_
+from quark_inductor.experts import finish_experts, packing_for, split_float_experts_
 from quark_inductor.loading import naming, quantized_linears, replace_linears
 from quark_inductor.schemes.base import QuarkLinear, set_parameters
 from quark_inductor.schemes.errors import ConfigError
@@ -53,7 +53,7 @@ def quantize_(
     for name in list(planned):
         old, new = planned.pop(name)  # so that a float weight is freed as soon as it is quantized
         if new.weight.is_meta:
-            with naming(name):
+            with naming(name), packing_for(model, name):
                 _quantize(old, new, seen.get(name))
         replace_linears(model, {name: (old, new)})
     finish_experts(model)

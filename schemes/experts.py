@@ -29,6 +29,8 @@ from quark_inductor.schemes.errors import ShapeError, TrainingError
 from quark_inductor.schemes.plan import Plan
 
 # The Linears of an expert: those that read its input, in the order of their outputs, and the one behind its gate.
+# Bytes that may be held twice while experts are grouped.
+_AT_ONCE = 8 << 20
 INTO, DOWN = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 
 
@@ -114,15 +116,20 @@ class GroupedLinear(nn.Module):
         self.in_features, self.out_features, self.plan = plan.in_features, plan.out_features, plan.text()
         self.names, self.scheme = plan.names, experts[0][0].scheme
         for name, how in joined.items():
-            tensors = [getattr(m, name) for m in linears]
             # Scales of experts that calibration did not reach are float32 whatever the others are.
-            dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-            self.register_buffer(name, _empty((len(experts), *how.shape), dtype, tensors[0].device), persistent=False)
+            dtype = max((getattr(m, name).dtype for m in linears), key=lambda dtype: dtype.itemsize)
+            device = getattr(linears[0], name).device
+            self.register_buffer(name, _empty((len(experts), *how.shape), dtype, device), persistent=False)
+        copied = 0
         for e, expert in enumerate(experts):
             for name, how in joined.items():
                 whole = getattr(self, name)[e]
                 whole.copy_(how.join(name, [getattr(m, name) for m in expert]))
                 _share(name, whole, expert, how.along)
+                copied += whole.nbytes
+            if copied > _AT_ONCE:
+                memory.return_freed()
+                copied = 0
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """See :func:`grouped_linear`."""

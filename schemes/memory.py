@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -41,10 +43,23 @@ class _Arena:
 _arena = _Arena()
 
 
+_short_lived: ContextVar[bool] = ContextVar("quark_inductor_short_lived", default=False)
+
+
+@contextlib.contextmanager
+def short_lived() -> Iterator[None]:
+    """Inside, memory is for tensors that are copied soon: of a chunk they would keep what nobody uses again."""
+    token = _short_lived.set(True)
+    try:
+        yield
+    finally:
+        _short_lived.reset(token)
+
+
 def empty(*shape: int) -> Tensor:
     """An uninitialized uint8 tensor on the CPU."""
     size = torch.Size(shape).numel()
-    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE") or _short_lived.get():
         return torch.empty(shape, dtype=torch.uint8)
     return _arena.take(size).view(shape)
 

@@ -33,6 +33,24 @@ else:
     model.save_pretrained(sys.argv[1])
 """
 
+# Arguments: the directory, layers, and a scheme to save it in.
+MAKE_EXPERTS = """
+import sys, torch, quark_inductor as qi
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+config = Qwen3MoeConfig(
+    hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=int(sys.argv[2]), num_attention_heads=8,
+    num_key_value_heads=8, head_dim=64, vocab_size=1024, num_experts=32, num_experts_per_tok=4,
+    tie_word_embeddings=False, dtype=torch.bfloat16,
+)
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+model.to_empty(device="cpu")
+for p in model.parameters():
+    p.data.fill_(0.5)
+    p.data.view(-1)[::7] = -1.0
+qi.save(qi.quantize_(model, sys.argv[3]), sys.argv[1])
+"""
+
 # Arguments: a small model to warm up with, the model, and a scheme to quantize both to while they load (or "").
 LOAD = """
 import json, sys
@@ -86,3 +104,14 @@ def test_packing_takes_little_beside_the_packed_weights(tmp_path: Path, python: 
     assert packed > 50e6
     assert peak > 0.9 * packed  # it was measured
     assert peak < 1.1 * packed + 3 * largest
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8"])
+def test_experts_are_never_held_twice(scheme: str, tmp_path: Path, python: Callable[..., str]) -> None:
+    """The files and a fifth: experts of a layer are grouped one by one, each freed where it was before."""
+    python(MAKE_EXPERTS, tmp_path / "model", "4", scheme)
+    size = bytes_of(tmp_path / "model")
+    assert size > 100e6
+    peak, _, _ = json.loads(python(LOAD, FIXTURES / "moe_qwen3_mxfp4", tmp_path / "model", ""))
+    assert peak > 0.9 * size  # it was measured
+    assert peak < 1.2 * size

@@ -62,6 +62,14 @@ def current(device_type: str = "cpu") -> Target:
     return Target(device_type=device_type, arch="unknown")
 
 
+def rocm_version() -> tuple[int, int] | None:
+    """Major and minor version of the ROCm that torch is built for, ``None`` if it is not built for ROCm."""
+    if torch.version.hip is None:
+        return None
+    major, minor, *_ = torch.version.hip.split(".")
+    return int(major), int(minor)
+
+
 def _isa(forced: str | None) -> str:
     can, found = torch.cpu.get_capabilities(), ["portable"]
     for isa, needed in reversed(list(ISA_LEVELS.items())):

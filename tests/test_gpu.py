@@ -40,7 +40,7 @@ from quark_inductor.schemes.spec import PRESETS
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("usable", "fresh")]
 
 DEVICE, PROVIDER = "cuda", "triton"
-GPU_PROVIDERS = {"triton", "scaled_mm", "aiter"}
+GPU_PROVIDERS = {"triton", "scaled_mm", "scaled_mm_blocks", "aiter"}
 ROUNDS = {"emulate_precision_casts": True}
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 # What a process ends with whose GPU cannot be used any more; benchmarks/gpu_run.py starts another.
@@ -266,17 +266,22 @@ def assert_fused(found: list[Any], count: int) -> None:
     assert {key.rpartition(".")[2] for key in kernels} <= GPU_PROVIDERS
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "ptpc_fp8"])
-@pytest.mark.parametrize("m", [64, 200])
-def test_scaled_mm(scheme: str, m: int) -> None:
-    """The library's GEMM for FP8, which does not round operands: products of the codes, scaled afterwards."""
+@pytest.mark.parametrize(
+    ("provider", "scheme", "m"),
+    [
+        *(("scaled_mm", scheme, m) for scheme in ("fp8", "ptpc_fp8") for m in (64, 200)),
+        *(("scaled_mm_blocks", scheme, 1024) for scheme in ("mxfp4", "mxfp8", "nvfp4")),
+    ],
+)
+def test_scaled_mm(provider: str, scheme: str, m: int) -> None:
+    """A library's GEMM, which does not round operands: products of the codes, scaled afterwards."""
     k, n = 512, 256
     pair = twins(nn.Sequential(nn.Linear(k, n)), scheme, k)
     x = tokens(m, k)
-    options = {"quark.provider": "scaled_mm"}
+    options = {"quark.provider": provider}
     report = qi.explain(pair.there, there(x), options=options)
     if not report.linears[0].fused:
-        pytest.skip(f"scaled_mm: {report.linears[0].refusals}")
+        pytest.skip(f"{provider}: {report.linears[0].refusals}")
     y = torch.compile(pair.there, backend="quark", fullgraph=True, dynamic=False, options=options)(there(x))
     layer = pair.here[0]
     # In float32 no operand is rounded to bfloat16. Sums may have as few bits as those of slack().

@@ -2,9 +2,10 @@
 
     python benchmarks/triton_static.py
 
-For every GEMM of ``aiter_static.json`` the kernel that Inductor generates for the same operation is compiled, at the
-tile, the warps and the stages of AITER's, for a GPU that is not there. Writes ``triton_static.json``, and prints the
-table of ``triton_static.md``. Takes half a minute.
+For every GEMM of ``aiter_static.json`` the kernel that Inductor generates for the same operation is compiled for a GPU
+that is not there, at the tile, the warps, the stages and the MFMA of AITER's, and else as the provider launches it: no
+number of waves is asked for. Writes ``triton_static.json``, and prints the table of ``triton_static.md``. Takes half a
+minute.
 """
 
 import argparse
@@ -122,8 +123,6 @@ def job(row: Row, n: int, k: int) -> Any:
         (kernel,) = generated.kernels(fake_gpu.gpu_code(graph, row["target"]))
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
     options["matrix_instr_nonkdim"] = row["matrix_instr_nonkdim"]
-    if waves := row.get("comparison", {}).get("waves_per_eu"):
-        options["waves_per_eu"] = waves
     return offline.Job(
         source=kernel.source,
         name=kernel.name,

@@ -56,7 +56,7 @@ def _blocks(problem: GemmProblem, form: Form) -> Operand:
     if f.has_global_scale:
         operand.before.append("x_global = tl.load(X_SCALE_2).to(tl.float32)")
     if problem.op == "quantized_gemm":
-        operand.loop += block_codes(SIDE, format, form)
+        block_codes(SIDE, operand, format, form)
         block_tile(SIDE, operand, problem, form, format, zero)
         return operand
     operand.loop += [_LOAD_FLOAT, *_block_scales(problem)]

@@ -24,6 +24,8 @@ class Chip:
         converts_fp8: it converts the formats of OCP to other dtypes and back.
         wants_scales: each operand needs scales.
         block_scaled_columns: K must be a multiple of this for block-scaled instructions.
+        turns_weights: the kinds of :class:`~quark_inductor.lowering.triton.forms.Form` in which tiles of weights are
+            turned as they are loaded, not afterwards.
         left_rows: the least rows of the left operand, for the instructions of a group of warps; with fewer tokens
             operands are swapped. 0: any.
     """
@@ -43,6 +45,7 @@ class Chip:
     converts_fp8: bool = True
     wants_scales: bool = False
     block_scaled_columns: int = 64
+    turns_weights: tuple[str, ...] = ()
     left_rows: int = 0
 
 
@@ -60,8 +63,19 @@ _CHIPS = (
         ptx=False,
         rounds_bfloat16=False,
         converts_fp8=False,
+        turns_weights=("fp8", "int8"),
     ),
-    Chip(name="gfx950", processors=256, shared=163840, warp=64, fp8=_OCP, mx=True, packed_products=False, ptx=False),
+    Chip(
+        name="gfx950",
+        processors=256,
+        shared=163840,
+        warp=64,
+        fp8=_OCP,
+        mx=True,
+        packed_products=False,
+        ptx=False,
+        turns_weights=("block_scaled",),
+    ),
     Chip(
         name="gfx1100",
         processors=96,

@@ -16,6 +16,13 @@ def load_rows(pointer, rows, stride, first, COLUMNS: tl.constexpr, STEP: tl.cons
 
 
 @triton.jit
+def load_columns(pointer, rows, stride, first, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """The same, turned: a row for each column."""
+    columns = (first + tl.arange(0, COLUMNS)) * STEP
+    return tl.load(pointer + rows[None, :] * stride + columns[:, None])
+
+
+@triton.jit
 def from_bits(bits):
     """The float32 of these bits (integers of any width)."""
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)

@@ -30,6 +30,8 @@ class Form:
         ptx: pieces are made by PTX instructions.
         tensor_memory: the left operand lies there.
         converts_fp8: the chip converts FP8 to other dtypes.
+        turns: a tile of codes of the weight is turned as it is loaded, not afterwards. Of the latter Triton 3.7 makes
+            rows that share banks of gfx942's LDS, and on gfx950 more additions of addresses.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Form:
     ptx: bool = False
     tensor_memory: bool = False
     converts_fp8: bool = True
+    turns: bool = False
 
 
 def form_of(chip: Chip, problem: GemmProblem) -> Form:
@@ -59,9 +62,9 @@ def form_of(chip: Chip, problem: GemmProblem) -> Form:
     columns = math.gcd(problem.k, problem.x_columns, problem.weight_columns)
     if not weight_only and not problem.rounds and columns % 32 == 0:
         if _is_fp8(chip, problem):
-            return Form(kind="fp8")
+            return Form(kind="fp8", turns="fp8" in chip.turns_weights)
         if _is_int8(problem):
-            return Form(kind="int8")
+            return Form(kind="int8", turns="int8" in chip.turns_weights)
     dot = _dot(problem)
     return Form(
         kind="float",
@@ -138,6 +141,7 @@ def _block_scaled(chip: Chip, problem: GemmProblem) -> Form | None:
         x_element=x_element,
         weight_element=weight_element,
         unit_scales=x is None and chip.wants_scales,
+        turns="block_scaled" in chip.turns_weights,
     )
 
 

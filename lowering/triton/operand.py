@@ -27,23 +27,27 @@ class Operand:
     """What a kernel does for one operand.
 
     Attributes:
-        before: lines before the loop.
+        before: lines before the loop, or after it if it does not need them.
+        scales: lines in the loop that load the scales of a block format.
         loop: lines in the loop, at column ``k``; they leave the tile in ``a`` or ``b``, or its pieces in ``a_0``, ...
         in_pieces: which of both.
+        is_turned: the tile has a row for each column of the operand.
         scale: in the loop, the name of the scales of a block-scaled tile.
         factors: of the product's rows or columns, float32, applied after the loop.
         partial: of the product of one step, applied in the loop.
-        partial_number: the same, but one number for the whole tile; ``""``: none.
+        partial_numbers: the same, but one number for each of so many equal parts of the tile's columns.
         zero: the zero points of rows or columns of integers, int32, that are not in the tile; ``""``: none.
     """
 
     before: list[str] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
     loop: list[str] = field(default_factory=list)
     in_pieces: bool = False
+    is_turned: bool = False
     scale: str = "None"
     factors: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
-    partial_number: str = ""
+    partial_numbers: list[str] = field(default_factory=list)
     zero: str = ""
 
 
@@ -68,14 +72,14 @@ class Side:
     stride: str
 
 
-def load_rows(side: Side, share: int = 1, step: int = 1) -> str:
-    """A tile of a tensor that has an entry for so many columns of the operand."""
-    return _load(side.pointer, side.index, side.stride, share, step)
+def load_rows(side: Side, share: int = 1, step: int = 1, turned: bool = False) -> str:
+    """A tile of a tensor that has an entry for so many columns of the operand; turned, it has a row for each."""
+    return _load(side.pointer, side.index, side.stride, share, step, "load_columns" if turned else "load_rows")
 
 
-def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1) -> str:
+def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1, function: str = "load_rows") -> str:
     first, columns = ("k", "BLOCK_K") if share == 1 else (f"k // {share}", f"BLOCK_K // {share}")
-    return f"load_rows({pointer}, {rows}, {stride}, {first}, {columns}, {step})"
+    return f"{function}({pointer}, {rows}, {stride}, {first}, {columns}, {step})"
 
 
 def names_of_pieces(tile: str, form: Form) -> str:
@@ -89,19 +93,20 @@ def load_words(side: Side, bits: int) -> str:
     return f"load_rows(as_words({side.pointer}), {side.index}, {stride}, k // 4, BLOCK_K // 4, 1)"
 
 
-def block_codes(side: Side, format: str, form: Form) -> list[str]:
-    """Lines that load scales and codes of a block format: packed FP4, the numbers of FP6, FP8."""
+def block_codes(side: Side, operand: Operand, format: str, form: Form) -> None:
+    """Load scales and codes of a block format: packed FP4, the numbers of FP6, FP8."""
     f = BLOCK_FORMATS[format]
+    operand.is_turned = side.tile == "b" and form.turns and not f.element.startswith("fp6")
     if f.element == "fp4":
-        codes = load_words(side, 8) if form.pieces == 4 else load_rows(side, 2)
+        codes = load_words(side, 8) if form.pieces == 4 else load_rows(side, 2, turned=operand.is_turned)
     elif f.element.startswith("fp6"):
         bits = f"load_fp6({side.pointer}, {side.index}, {side.stride}, k, {side.rows}, BLOCK_K)"
         codes = f"{f.element.removeprefix('fp6_')}({bits})"
     else:
-        codes = load_rows(side)
+        codes = load_rows(side, turned=operand.is_turned)
     scales = _load(f"{side.pointer}_SCALE", side.index, f"(K // {f.size})", f.size)
-    # Loaded before the codes they cost fewer registers on AMD's chips.
-    return [f"{side.name}_scale = {scales}", f"{side.name} = {codes}"]
+    operand.scales.append(f"{side.name}_scale = {scales}")
+    operand.loop.append(f"{side.name} = {codes}")
 
 
 def block_tile(side: Side, operand: Operand, problem: GemmProblem, form: Form, format: str, zero: float) -> None:

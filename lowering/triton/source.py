@@ -6,13 +6,15 @@ and multiply. Scales that do not change along K, and the epilogue, come after th
 
 import ast
 import functools
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.activation import activation
 from quark_inductor.lowering.triton.forms import Form, cut, is_turned
 from quark_inductor.lowering.triton.operand import FLOATS, Operand
-from quark_inductor.lowering.triton.tiles import Tile
+from quark_inductor.lowering.triton.tiles import FEW_TOKENS, Tile
 from quark_inductor.lowering.triton.weight import Strides, weight
 from quark_inductor.schemes.numerics.int4 import FORMATS as INT4_FORMATS
 
@@ -56,6 +58,9 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         names: of the tensors it gets, those of the op: ``"x"``, ``"weight"``, ...
     """
     has, form = frozenset(names), cut(form, problem, tile.m, tile.n, tile.k)
+    many = problem.m is None or problem.m > FEW_TOKENS
+    # Small tiles have up to 6 percent more instructions that way.
+    form = replace(form, turns=form.turns and many)
     a, b = activation(problem, form, has), weight(problem, form, strides, has, tile.n)
     head = _HEAD.format(names=", ".join(f'"{name.upper()}"' for name in names), n=problem.n, k=problem.k)
     if form.kind == "float":
@@ -64,13 +69,18 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         head += f"    PTX: tl.constexpr = {form.ptx}\n"
     integers = form.kind == "int8"
     shape = "(BLOCK_N, BLOCK_M)" if tile.swapped else "(BLOCK_M, BLOCK_N)"
-    before = [*a.before, *b.before, f"acc = tl.zeros({shape}, dtype={'tl.int32' if integers else 'tl.float32'})"]
+    loop = ["k = step * BLOCK_K", *_tiles(form, tile, a, b), *_product(problem, form, a, b, tile.swapped)]
+    before, late = [*a.before, *b.before], list[str]()
+    if many and form.kind != "float":
+        # With few tokens waiting for them would take longer than it is worth. Elsewhere the loop becomes longer.
+        before, late = _late(before, loop)
+    before += [f"acc = tl.zeros({shape}, dtype={'tl.int32' if integers else 'tl.float32'})"]
     sums_b, sums_a = integers and bool(a.zero), integers and bool(b.zero)
     before += ["sum_b = tl.zeros((BLOCK_N,), dtype=tl.int32)"] * sums_b
     before += ["sum_a = tl.zeros((BLOCK_M,), dtype=tl.int32)"] * sums_a
     before += ["first = 0", "last = STEPS"]
-    loop = ["k = step * BLOCK_K", *a.loop, *b.loop, *_product(problem, form, a, b, tile.swapped)]
-    loop += ["sum_b += tl.sum(b.to(tl.int32), 1)"] * sums_b + ["sum_a += tl.sum(a.to(tl.int32), 1)"] * sums_a
+    loop += [f"sum_b += tl.sum(b.to(tl.int32), {0 if b.is_turned else 1})"] * sums_b
+    loop += ["sum_a += tl.sum(a.to(tl.int32), 1)"] * sums_a
     after = ["acc = tl.trans(acc)"] * tile.swapped
     if form.pieces > 1 and is_turned(problem):
         sums = [f"acc_{i}" for i in range(form.pieces)]
@@ -88,7 +98,7 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         after.append(f"acc += {a.zero} * {b.zero} * ((last - first) * BLOCK_K)")
     after += ["acc = acc.to(tl.float32)"] * integers
     after += [f"acc = acc * {factor}" for factor in (*a.factors, *b.factors)]
-    lines = [*before, "for step in range(first, last):", *(f"    {line}" for line in loop), *after]
+    lines = [*before, "for step in range(first, last):", *(f"    {line}" for line in loop), *late, *after]
     if tile.parts > 1:
         at = lines.index("first = 0")
         lines[at : at + 2] = [
@@ -102,11 +112,44 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     return head + body + _TAIL + store + functions(body)
 
 
+def _tiles(form: Form, tile: Tile, a: Operand, b: Operand) -> list[str]:
+    """The lines that load the tiles, or compute them, in the order of which Triton 3.7 makes the fewest waits."""
+    if b.is_turned and form.kind == "block_scaled" and tile.stages > 2:
+        return [*a.scales, *b.scales, *b.loop, *a.loop]
+    if b.is_turned and (form.kind != "block_scaled" or form.weight_element == "e2m1"):
+        return [*a.scales, *b.loop, *a.loop, *b.scales]
+    return [*a.scales, *a.loop, *b.scales, *b.loop]
+
+
+def _late(before: list[str], loop: list[str]) -> tuple[list[str], list[str]]:
+    """Lines before the loop: those to keep there, and those of rows or columns that it does not need.
+
+    After it the latter hold no registers.
+    """
+    of_rows, needed, kept, late = {"m", "n"}, _names(loop), list[str](), list[str]()
+    for line in before:
+        if _names([line]) & of_rows:
+            of_rows.add(line.partition(" = ")[0])
+    for line in reversed(before):
+        name = line.partition(" = ")[0]
+        if name in of_rows and name.isidentifier() and name not in needed:
+            late.insert(0, line)
+        else:
+            kept.insert(0, line)
+            needed |= _names([line])
+    return kept, late
+
+
+def _names(lines: list[str]) -> set[str]:
+    return {name for line in lines for name in re.findall(r"[A-Za-z_]\w*", line)}
+
+
 def _product(problem: GemmProblem, form: Form, a: Operand, b: Operand, swapped: bool) -> list[str]:
     """The lines that multiply the tiles."""
     if form.kind == "block_scaled":
         x, w = f'{a.scale}, "{form.x_element}"', f'{b.scale}, "{form.weight_element}"'
-        product = f"b, {w}, tl.trans(a), {x}" if swapped else f"a, {x}, tl.trans(b), {w}"
+        right = "b" if b.is_turned else "tl.trans(b)"
+        product = f"b, {w}, tl.trans(a), {x}" if swapped else f"a, {x}, {right}, {w}"
         return [f"acc = tl.dot_scaled({product}, acc)"]
     if form.pieces > 1 and is_turned(problem):
         tiles = "tl.trans(b_{0}), tl.trans(a)" if swapped else "a, b_{0}"
@@ -114,26 +157,33 @@ def _product(problem: GemmProblem, form: Form, a: Operand, b: Operand, swapped: 
     if form.pieces > 1:
         tiles = "b_{0}, tl.trans(a_{0})" if swapped else "a_{0}, tl.trans(b_{0})"
         return [f"acc = tl.dot({tiles.format(i)}, acc)" for i in range(form.pieces)]
+    turned = b.is_turned or is_turned(problem)
     if swapped:
-        tiles = "tl.trans(b), tl.trans(a)" if is_turned(problem) else "b, tl.trans(a)"
+        tiles = "tl.trans(b), tl.trans(a)" if turned else "b, tl.trans(a)"
     else:
-        tiles = "a, b" if is_turned(problem) else "a, tl.trans(b)"
+        tiles = "a, b" if turned else "a, tl.trans(b)"
     if form.kind == "int8":
         return [f"acc = tl.dot({tiles}, acc, out_dtype=tl.int32)"]
     options = ', input_precision="ieee"' if form.dot == "float32" else ""
     if form.kind == "fp8":
         # Hopper sums FP8 products in 14 bits: no more than those of a tile before they are added in float32.
         options = ", max_num_imprecise_acc=BLOCK_K"
-    partial, number = [*a.partial, *b.partial], b.partial_number
-    if number and partial:
-        # Fewer products than that of the tile with the number.
-        partial[0] = f"({partial[0]} * {number})"
-    factors = [f"tl.trans({factor})" if swapped else factor for factor in partial]
-    if number and not partial:
-        factors = [number]
+    partial, numbers = [*a.partial, *b.partial], b.partial_numbers
+    if numbers and partial:
+        # With those of rows first: fewer products than of the tile.
+        numbers = [f"{partial[0]} * {number}" for number in numbers]
+        partial[0] = f"({numbers[0]})" if len(numbers) == 1 else _of_halves(numbers)
+    elif len(numbers) > 1:
+        partial = [_of_halves(numbers)]
+    factors = [f"tl.trans({factor})" if swapped else factor for factor in partial] or numbers
     if factors:
         return [f"acc += tl.dot({tiles}) * " + " * ".join(factors)]
     return [f"acc = tl.dot({tiles}, acc{options})"]
+
+
+def _of_halves(factors: list[str]) -> str:
+    """A factor for either half of the tile's columns. LLVM sees which one a register needs, and selects nothing."""
+    return f"tl.where((tl.arange(0, BLOCK_N) < BLOCK_N // 2)[None, :], {', '.join(factors)})"
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class Strides:
 
 
 def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str], channels: int) -> Operand:
-    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[BLOCK_K, BLOCK_N]`` if ``is_turned``; or its pieces.
+    """The tile ``b``, ``[BLOCK_N, ...]``, or ``[..., BLOCK_N]`` if it is turned; or its pieces.
 
     ``channels``: the value of ``BLOCK_N``.
     """
@@ -56,7 +56,7 @@ def _block_weight(problem: GemmProblem, form: Form, side: Side) -> Operand:
     operand, format = Operand(), problem.weight_format
     if BLOCK_FORMATS[format].has_global_scale:
         operand.before.append("w_global = tl.load(WEIGHT_SCALE_2).to(tl.float32)")
-    operand.loop += block_codes(side, format, form)
+    block_codes(side, operand, format, form)
     block_tile(side, operand, problem, form, format, 0.0)
     return operand
 
@@ -65,19 +65,27 @@ def _fp8_weight(problem: GemmProblem, form: Form, side: Side, channels: int) -> 
     operand = Operand()
     found = fp8_weight(problem.weight_format)
     assert found is not None
-    block = found[1]
-    # One number for a tile that lies in a block.
+    block, native = found[1], form.kind == "fp8"
+    operand.is_turned = native and form.turns
+    operand.loop.append(f"w = {load_rows(side, turned=operand.is_turned)}")
+    # One number for a tile that lies in a block, two for one of two blocks.
     is_number = block is not None and block[0] % channels == 0
-    operand.loop.append(f"w = {load_rows(side)}")
     if block is not None:
         rows, columns = block
-        n = "pid_n * BLOCK_N" if is_number else "n"
-        scale = f"tl.load(WEIGHT_SCALE + {n} // {rows} * {-(-problem.k // columns)} + k // {columns}).to(tl.float32)"
-        operand.loop.append(f"w_scale = {scale}")
+        first = f"pid_n * BLOCK_N // {rows}"
+        scales = {"w_scale": first if is_number else f"n // {rows}"}
+        if native and channels == 2 * rows:
+            scales = {"w_scale_0": first, "w_scale_1": f"min({first} + 1, {-(-problem.n // rows) - 1})"}
+            operand.partial_numbers = list(scales)
+        for name, at in scales.items():
+            scale = f"tl.load(WEIGHT_SCALE + {at} * {-(-problem.k // columns)} + k // {columns}).to(tl.float32)"
+            operand.loop.append(f"{name} = {scale}")
+        if operand.partial_numbers:
+            operand.loop.append("b = w")
+            return operand
     else:
         at = "WEIGHT_SCALE + n" if problem.weight_scale_ndim else "WEIGHT_SCALE"
         operand.before.append(f"w_scale = tl.load({at}).to(tl.float32)")
-    native = form.kind == "fp8"
     value = "w" if native else fp8_numbers("w", "fp8_e5m2" if "e5m2" in problem.weight_format else "fp8_e4m3", form)
     per_channel = block is not None or problem.weight_scale_ndim > 0
     _finish_scaled(operand, problem, value, block is not None, native, per_channel and not is_number)
@@ -96,7 +104,7 @@ def _finish_scaled(
         elif per_channel:
             operand.partial.append(of_columns)
         else:
-            operand.partial_number = of_columns
+            operand.partial_numbers = [of_columns]
     elif grouped or problem.rounds:
         of_rows = "w_scale[:, None]" if per_channel else "w_scale"
         operand.loop.append(f"b = ({value} * {of_rows}).to(DOT)")
@@ -108,7 +116,8 @@ def _finish_scaled(
 def _integer_weight(problem: GemmProblem, form: Form, strides: Strides, side: Side, has: frozenset[str]) -> Operand:
     operand, ndim = Operand(), problem.weight_scale_ndim
     grouped, zero = ndim == 2, "weight_zero_point" in has
-    operand.loop.append(f"w = {load_rows(side, step=strides.columns)}")
+    operand.is_turned = form.kind == "int8" and form.turns
+    operand.loop.append(f"w = {load_rows(side, step=strides.columns, turned=operand.is_turned)}")
 
     def load(pointer: str, strides: tuple[int, ...]) -> str:
         places = ("n", f"k // {problem.weight_columns}" if grouped else "")

@@ -320,6 +320,36 @@ def test_every_tile_that_is_measured(
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize(("m", "is_late"), [(64, False), (4096, True)])
+def test_scales_of_rows_are_loaded_after_the_loop(
+    generated: ModuleType, fake_gpu: ModuleType, offline_module: Any, m: int, is_late: bool
+) -> None:
+    """Where there are many tokens: in the loop they hold registers."""
+    (job,) = jobs("ptpc_fp8", m, "gfx950", generated, fake_gpu, offline_module)
+    loop = job.source.index("for step in range(first, last)")
+    for load in ("tl.load(X_SCALE + m)", "tl.load(WEIGHT_SCALE + n)"):
+        assert (job.source.index(load) > loop) == is_late
+
+
+@pytest.mark.parametrize("name", ["ptpc_fp8", "ptpc_int8"])
+def test_no_rows_share_banks_of_lds(
+    generated: ModuleType,
+    fake_gpu: ModuleType,
+    offline_module: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """On gfx942 both tiles lie there in an order in which neighbouring rows begin at different banks."""
+    pytest.importorskip("triton", reason="compiles Triton kernels: pip install triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (job,) = jobs(name, 4096, "gfx942", generated, fake_gpu, offline_module)
+    compiled = offline_module.compile_source(**vars(job))
+    phases = re.findall(r"#ttg\.swizzled_shared<\{[^}]*maxPhase = (\d+)", compiled.asm["ttgir"])
+    assert len(phases) == 2
+    assert "1" not in phases
+
+
 def test_limits_are_those_of_the_chips(offline_module: Any) -> None:
     """The provider's and the compiler's facts."""
     for name, chip in offline_module.TARGETS.items():

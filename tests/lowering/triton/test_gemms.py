@@ -4,6 +4,7 @@ What runs is what Inductor generates for the chip: the template with its epilogu
 adds up. The interpreter's sums are float32, in some order.
 """
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,9 @@ from torch.utils import _pytree as pytree
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.providers import triton
 from quark_inductor.lowering.target import Target
+from quark_inductor.lowering.triton import template
 from quark_inductor.lowering.triton.chips import CHIPS
+from quark_inductor.lowering.triton.tiles import Tile
 
 q = torch.ops.quark_inductor
 # K is a multiple of it.
@@ -149,6 +152,43 @@ def test_tiles_lie_in_blocks(
         (model.check if precise else model.check_either)(inputs, outputs)
 
 
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "sm_100"])
+def test_a_tile_of_two_blocks(
+    on_gpu: Callable[..., list[Tensor]],
+    gemms: ModuleType,
+    oracle: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    arch: str,
+) -> None:
+    """Each half of its columns has a number. N ends within a first half; on sm_100 few tokens are on the right."""
+
+    class Wide(gemms.Gemms):  # type: ignore[misc, name-defined]
+        def size(self, i: int) -> tuple[int, int]:
+            return 330, 256
+
+        def dtype(self, i: int) -> torch.dtype:
+            return torch.bfloat16
+
+    sources, choose, make = list[str](), template.tiles_for, template.kernel
+
+    def wide(*arguments: Any, **options: Any) -> list[Tile]:
+        return [dataclasses.replace(tile, n=256, parts=1) for tile in choose(*arguments, **options)]
+
+    def kept(*arguments: Any) -> str:
+        sources.append(make(*arguments))
+        return sources[-1]
+
+    monkeypatch.setattr(template, "tiles_for", wide)
+    monkeypatch.setattr(template, "kernel", kept)
+    for by, m in (("group", 130), ("group", 17), ("token", 130)):
+        x = gemms.Activation("fp8_e4m3", "", by, 128 if by == "group" else 0)
+        model = Wide([(gemms.Weight("fp8_e4m3_128x128"), x)], oracle)
+        inputs = model.inputs(m)
+        model.check_either(inputs, run_one(on_gpu, model, arch, inputs))
+    native = arch != "gfx942"  # whose FP8 is another one
+    assert [source.count("w_scale_1 = ") for source in sources] == [native] * 3
+
+
 def mxfp4(m: int, n: int = 96, k: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(m)
     weight = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
@@ -229,7 +269,6 @@ PROBLEM = GemmProblem(
     ],
 )
 def test_refusals(target: Target, changes: dict[str, Any], reason: str) -> None:
-    import dataclasses
     import re
 
     provider = triton.Triton()

@@ -28,22 +28,12 @@ OURS = json.loads(benchmark.OURS.read_text())
 ROWS = benchmark.gemms(AITER)
 
 SHUFFLED = "AITER's weights are shuffled when they are loaded, ours lie as in the checkpoint"
-DIRECT = "the weight goes from memory to registers, not through LDS"
-ADDRESSES = "8 more additions of addresses in a loop of 64 MFMAs; 32 registers fewer"
 # What is worse, and why.
 WORSE = {
-    ("gfx950 gemm_afp4wfp4 64x64x512", "instructions"): "4 more s_waitcnt",
-    ("gfx950 gemm_afp4wfp4_preshuffle 128x128x256", "instructions"): SHUFFLED,
     ("gfx950 gemm_afp4wfp4_preshuffle 128x128x256", "valu"): SHUFFLED,
     ("gfx950 gemm_afp4wfp4_preshuffle 128x128x256", "shared_reads"): SHUFFLED,
     ("gfx950 gemm_a8wfp4 128x256x128", "registers"): "one wave a SIMD; AITER's is held to two, and spills 49",
-    ("gfx950 gemm_a8w8 int8 128x128x128", "registers"): "LLVM unrolls the loop, as it may for two waves a SIMD",
-    ("gfx942 gemm_a8w8 fp8 128x128x128", "instructions"): ADDRESSES,
-    ("gfx942 gemm_a8w8 fp8 128x128x128", "valu"): ADDRESSES,
-    ("gfx950 gemm_a8w8_blockscale 128x256x128", "registers"): "6 more; one wave a SIMD both",
-    ("gfx950 gemm_a8w8_blockscale 128x256x128", "valu"): DIRECT,
     ("gfx950 gemm_afp8wfp8 64x64x128", "instructions"): "AITER's has twice the MFMAs: one of the next two tiles",
-    ("gfx950 gemm_afp8wfp8 64x128x128", "valu"): DIRECT,
 }
 
 

@@ -26,6 +26,7 @@ class Chip:
         block_scaled_columns: K must be a multiple of this for block-scaled instructions.
         turns_weights: the kinds of :class:`~quark_inductor.lowering.triton.forms.Form` in which tiles of weights are
             turned as they are loaded, not afterwards.
+        orders_blocks: tiles of blocks are multiplied in an order in which a lane's scales are neighbours.
         left_rows: the least rows of the left operand, for the instructions of a group of warps; with fewer tokens
             operands are swapped. 0: any.
     """
@@ -46,6 +47,7 @@ class Chip:
     wants_scales: bool = False
     block_scaled_columns: int = 64
     turns_weights: tuple[str, ...] = ()
+    orders_blocks: bool = False
     left_rows: int = 0
 
 
@@ -75,6 +77,7 @@ _CHIPS = (
         packed_products=False,
         ptx=False,
         turns_weights=("block_scaled",),
+        orders_blocks=True,
     ),
     Chip(
         name="gfx1100",

@@ -23,6 +23,36 @@ def load_columns(pointer, rows, stride, first, COLUMNS: tl.constexpr, STEP: tl.c
 
 
 @triton.jit
+def block_columns(COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Columns by blocks, in the order of :func:`block_scales`."""
+    size: tl.constexpr = COLUMNS // BLOCKS
+    column = tl.arange(0, COLUMNS)
+    block = column // size
+    return (block % 4 * (BLOCKS // 4) + block // 4) * size + column % size
+
+
+@triton.jit
+def load_block_rows(pointer, rows, stride, first, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """:func:`load_rows` in that order."""
+    return tl.load(pointer + rows[:, None] * stride + (first + block_columns(COLUMNS, BLOCKS))[None, :])
+
+
+@triton.jit
+def load_block_columns(pointer, rows, stride, first, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """:func:`load_columns` in that order."""
+    return tl.load(pointer + rows[None, :] * stride + (first + block_columns(COLUMNS, BLOCKS))[:, None])
+
+
+@triton.jit
+def block_scales(scales, R: tl.constexpr, BLOCKS: tl.constexpr):
+    """Scales ``[R, BLOCKS]``: those of blocks 0, B / 4, B / 2, 3 B / 4, then of 1, ...
+
+    An instruction multiplies four blocks, each by a quarter of the lanes: so a lane's scales are neighbours in memory.
+    """
+    return tl.reshape(tl.permute(tl.reshape(scales, (R, 4, BLOCKS // 4)), (0, 2, 1)), (R, BLOCKS))
+
+
+@triton.jit
 def from_bits(bits):
     """The float32 of these bits (integers of any width)."""
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)

@@ -32,6 +32,8 @@ class Form:
         converts_fp8: the chip converts FP8 to other dtypes.
         turns: a tile of codes of the weight is turned as it is loaded, not afterwards. Of the latter Triton 3.7 makes
             rows that share banks of gfx942's LDS, and on gfx950 more additions of addresses.
+        orders_blocks: both operands' blocks are multiplied in an order in which a lane's scales are neighbours: sums do
+            not mind it.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Form:
     tensor_memory: bool = False
     converts_fp8: bool = True
     turns: bool = False
+    orders_blocks: bool = False
 
 
 def form_of(chip: Chip, problem: GemmProblem) -> Form:
@@ -142,6 +145,10 @@ def _block_scaled(chip: Chip, problem: GemmProblem) -> Form | None:
         weight_element=weight_element,
         unit_scales=x is None and chip.wants_scales,
         turns="block_scaled" in chip.turns_weights,
+        orders_blocks=chip.orders_blocks
+        and problem.op == "quantized_gemm"
+        and x is not None
+        and x.element == "fp4" == w.element,
     )
 
 

@@ -77,9 +77,9 @@ def load_rows(side: Side, share: int = 1, step: int = 1, turned: bool = False) -
     return _load(side.pointer, side.index, side.stride, share, step, "load_columns" if turned else "load_rows")
 
 
-def _load(pointer: str, rows: str, stride: str, share: int, step: int = 1, function: str = "load_rows") -> str:
+def _load(pointer: str, rows: str, stride: str, share: int, last: int | str = 1, function: str = "load_rows") -> str:
     first, columns = ("k", "BLOCK_K") if share == 1 else (f"k // {share}", f"BLOCK_K // {share}")
-    return f"{function}({pointer}, {rows}, {stride}, {first}, {columns}, {step})"
+    return f"{function}({pointer}, {rows}, {stride}, {first}, {columns}, {last})"
 
 
 def names_of_pieces(tile: str, form: Form) -> str:
@@ -99,12 +99,17 @@ def block_codes(side: Side, operand: Operand, format: str, form: Form) -> None:
     operand.is_turned = side.tile == "b" and form.turns and not f.element.startswith("fp6")
     if f.element == "fp4":
         codes = load_words(side, 8) if form.pieces == 4 else load_rows(side, 2, turned=operand.is_turned)
+        if form.orders_blocks:
+            function = "load_block_columns" if operand.is_turned else "load_block_rows"
+            codes = _load(side.pointer, side.index, side.stride, 2, f"BLOCK_K // {f.size}", function)
     elif f.element.startswith("fp6"):
         bits = f"load_fp6({side.pointer}, {side.index}, {side.stride}, k, {side.rows}, BLOCK_K)"
         codes = f"{f.element.removeprefix('fp6_')}({bits})"
     else:
         codes = load_rows(side, turned=operand.is_turned)
     scales = _load(f"{side.pointer}_SCALE", side.index, f"(K // {f.size})", f.size)
+    if form.orders_blocks:
+        scales = f"block_scales({scales}, {side.rows}, BLOCK_K // {f.size})"
     operand.scales.append(f"{side.name}_scale = {scales}")
     operand.loop.append(f"{side.name} = {codes}")
 

@@ -61,6 +61,8 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     many = problem.m is None or problem.m > FEW_TOKENS
     # Small tiles have up to 6 percent more instructions that way.
     form = replace(form, turns=form.turns and many)
+    # Triton 3.7 takes no more than four scales a lane.
+    form = replace(form, orders_blocks=form.orders_blocks and tile.k in (256, 512))
     a, b = activation(problem, form, has), weight(problem, form, strides, has, tile.n)
     head = _HEAD.format(names=", ".join(f'"{name.upper()}"' for name in names), n=problem.n, k=problem.k)
     if form.kind == "float":

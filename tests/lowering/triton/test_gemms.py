@@ -152,6 +152,37 @@ def test_tiles_lie_in_blocks(
         (model.check if precise else model.check_either)(inputs, outputs)
 
 
+@pytest.mark.parametrize(("m", "k"), [(40, 1024), (130, 1024), (130, 768), (40, 128)])
+def test_blocks_are_multiplied_in_another_order(
+    on_gpu: Callable[..., list[Tensor]],
+    gemms: ModuleType,
+    oracle: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    m: int,
+    k: int,
+) -> None:
+    """MXFP4 on gfx950, in tiles of 512 and 256 columns: a lane's scales are neighbours. In one of 128 it has one."""
+
+    class Deep(gemms.Gemms):  # type: ignore[misc, name-defined]
+        def size(self, i: int) -> tuple[int, int]:
+            return 70, k
+
+        def dtype(self, i: int) -> torch.dtype:
+            return torch.bfloat16
+
+    sources, make = list[str](), template.kernel
+
+    def kept(*arguments: Any) -> str:
+        sources.append(make(*arguments))
+        return sources[-1]
+
+    monkeypatch.setattr(template, "kernel", kept)
+    model = Deep([(gemms.Weight("mxfp4"), gemms.Activation("mxfp4", "", "block"))], oracle)
+    inputs = model.inputs(m)
+    model.check_either(inputs, run_one(on_gpu, model, "gfx950", inputs))
+    assert ["= block_scales(" in source for source in sources] == [k > 128]
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950", "sm_100"])
 def test_a_tile_of_two_blocks(
     on_gpu: Callable[..., list[Tensor]],

@@ -31,6 +31,7 @@ GEMMS: Mapping[Any, tuple[int, int, int | None]] = {
     _aten.mm.default: (0, 1, None),
     _aten.addmm.default: (1, 2, 0),
     _aten.bmm.default: (0, 1, None),
+    _aten._grouped_mm.default: (0, 1, None),
 }
 # What ends the way back from an operand to what it was computed from: another product, or a look-up.
 PRODUCTS = frozenset({*GEMMS, _aten.baddbmm.default, _aten.embedding.default})
@@ -302,8 +303,6 @@ def call(graph: Graph, op: torch._ops.OpOverload, named: Mapping[str, Any]) -> N
     """A call of an op, its arguments found by name, else ``None``."""
     # Positional, as tracing writes it: a later rule's pattern must find it so.
     values = [named.get(a.name, a.default_value if a.has_default_value() else None) for a in op._schema.arguments]
-    if op._schema.arguments[-1].name == "offsets" and values[-1] is None:
-        del values[-1]  # nor does tracing write it where it is not given
     return graph.call_function(op, tuple(values))
 
 

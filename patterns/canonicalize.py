@@ -55,6 +55,35 @@ def hoist_views(graph: Graph) -> int:
     return moved
 
 
+def hoist_selects(graph: Graph) -> int:
+    """``f(a, b)[i]`` of something dequantized becomes ``f(a[i], b[i])``; returns how many moved.
+
+    A loop over experts takes one's weight out of those of all: what is dequantized is then that one.
+    """
+    moved = 0
+    work = [n for n in graph.find_nodes(op="call_function", target=aten.select.int) if _is_dequantized(n.args[0])]
+    while work:
+        select = work.pop()
+        source = select.args[0]
+        tensors = [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and value(n).ndim]
+        ndim = value(source).ndim
+        alike = all(value(t).ndim == ndim and same_shape(value(t).shape[:1], value(source).shape[:1]) for t in tensors)
+        if source.target not in _ROW_PRESERVING or select.args[1] != 0 or ndim < 2 or not alike:
+            continue
+        with graph.inserting_before(select):
+            copies = {t: graph.call_function(aten.select.int, (t, *select.args[1:])) for t in tensors}
+            for t, copy in copies.items():
+                copy.meta = {**t.meta, "val": value(t)[0]}
+            args = [copies.get(a, a) if isinstance(a, Node) else a for a in source.args]
+            new = graph.call_function(source.target, tuple(args), source.kwargs)
+        new.meta = {**source.meta, "val": value(select)}
+        select.replace_all_uses_with(new)
+        graph.erase_node(select)
+        work += copies.values()
+        moved += 1
+    return moved
+
+
 def _is_dequantized(node: Any) -> bool:
     """Whether a view is of something computed row by row from codes."""
     todo, seen = [node], set[Any]()

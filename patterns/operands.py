@@ -37,6 +37,7 @@ from quark_inductor.schemes.operands import features
 from quark_inductor.schemes.ops import dtype_name
 
 _ops = torch.ops.quark_inductor
+_grouped_mm = torch.ops.aten._grouped_mm.default
 # What to trace with: sizes that no constant of a pattern equals.
 M, N, K = 3, 5, 64
 
@@ -83,7 +84,10 @@ class OperandRule(Rule):
 
 
 class WeightRule(OperandRule):
-    """``mm(x, w)``, ``addmm(bias, x, w)``, ``bmm(x, w)``: the pattern is that of ``w``, ``[K, N]`` or ``[E, K, N]``."""
+    """``mm(x, w)``, ``addmm(bias, x, w)``, ``bmm(x, w)``, ``_grouped_mm(x, w, offsets)``: the pattern is that of ``w``.
+
+    It is ``[K, N]``, or ``[E, K, N]`` in the latter two.
+    """
 
     stage = "weight"
     targets = tuple(GEMMS)
@@ -96,6 +100,8 @@ class WeightRule(OperandRule):
 
     def check(self, found: Found) -> str | None:
         """A weight whose sizes are constants, too."""
+        if found.node.target is _grouped_mm and (reason := _refuse_grouped(found.node)) is not None:
+            return reason
         shape = _transposed_shape(found)
         if not all(isinstance(size, int) for size in shape):
             return f"the weight's shape {list(shape)} is not known when compiling"
@@ -117,7 +123,30 @@ class WeightRule(OperandRule):
         """One ``weight_only_gemm``."""
         x = found.node.args[GEMMS[found.node.target][0]]
         named = {"x": x, "bias": _bias(found.node), **_packed(self.made_of(found))}
+        if found.node.target is _grouped_mm:
+            named |= {"offsets": found.node.args[2], "weight_scale": _by_expert(named["weight_scale"])}
         return call(found.node.graph, _ops.weight_only_gemm.default, named)
+
+
+def _refuse_grouped(node: Node) -> str | None:
+    """``None`` if a ``_grouped_mm`` is of rows sorted by expert, and adds and casts nothing."""
+    x, weight, *more = node.args
+    ndims = [value(n).ndim if isinstance(n, Node) else 0 for n in (x, weight)]
+    if ndims != [2, 3] or not more or more[0] is None:
+        return f"it multiplies tensors of {ndims} dimensions, a grouped GEMM has 2, 3 and offsets"
+    bias, out_dtype, *_ = (*more[1:], None, None)
+    if bias is not None or out_dtype not in (None, value(node).dtype):
+        return "it adds a bias, or has another dtype than its operands"
+    return None
+
+
+def _by_expert(scale: Node) -> Node:
+    """A scale ``[E, N, 1]`` as ``[E, N]``."""
+    if value(scale).ndim != 3 or value(scale).shape[-1] != 1:
+        return scale
+    squeezed = scale.graph.call_function(torch.ops.aten.squeeze.dim, (scale, -1))
+    squeezed.meta = {**scale.meta, "val": value(scale).squeeze(-1)}
+    return squeezed
 
 
 def _packed(operands: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +229,15 @@ class PrologueRule(OperandRule):
 
 
 def some_weight() -> dict[str, Tensor]:
-    """What the example of a prologue's pattern must have besides: it takes any weight, and bytes match any dtype."""
-    return {"weight": torch.zeros(N, K, dtype=fp8.DTYPE), "weight_scale": torch.zeros((), dtype=torch.uint8)}
+    """What the example of a prologue's pattern must have besides: it takes any weight, and bytes match any dtype.
+
+    Grouped, or tracing would leave out the last argument: a pattern has as many arguments as what it matches.
+    """
+    return {
+        "weight": torch.zeros(1, N, K, dtype=fp8.DTYPE),
+        "weight_scale": torch.zeros(1, dtype=torch.uint8),
+        "offsets": torch.tensor([M], dtype=torch.int32),
+    }
 
 
 def gemm_of(
@@ -213,6 +249,7 @@ def gemm_of(
     dtype: torch.dtype,
     weight: Tensor,
     weight_scale: Tensor,
+    offsets: Tensor,
 ) -> Tensor:
     """A ``quantized_gemm`` by :func:`some_weight`, to trace the pattern of a prologue with."""
     result: Tensor = _ops.quantized_gemm(
@@ -229,8 +266,9 @@ def gemm_of(
         "fp8_e4m3",
         dtype_name(dtype),
         "",
-        # Not their default, which tracing would leave out: a pattern has as many arguments as what it matches.
-        *weight.shape,
+        N,
+        K,
+        offsets,
     )
     return result
 

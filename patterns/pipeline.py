@@ -21,7 +21,7 @@ from quark_inductor.lowering.base import provider_keys
 from quark_inductor.patterns import registry  # noqa: F401
 from quark_inductor.patterns._inductor import CustomGraphPass, dynamo_timed, remove_noop_ops, trace_structured
 from quark_inductor.patterns.base import History, Options, PassResult, Refusal, registered_rules
-from quark_inductor.patterns.canonicalize import hoist_views
+from quark_inductor.patterns.canonicalize import hoist_selects, hoist_views
 from quark_inductor.patterns.cse import cse
 from quark_inductor.patterns.decode_attention import decode_attention
 from quark_inductor.patterns.decode_linear import decode_linear
@@ -85,6 +85,7 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     start = time.perf_counter()
     remove_noop_ops(graph)  # the form in which the patterns were traced
     passes = [
+        _timed("hoist_selects", hoist_selects, graph),
         _timed("hoist_views", hoist_views, graph),
         _timed("cse", cse, graph),
         _timed("decode_attention", decode_attention, graph),

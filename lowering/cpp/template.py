@@ -310,7 +310,7 @@ def _strides(inputs: Mapping[str, Any]) -> dict[str, int]:
     strides = {}
     for name, tensor in inputs.items():
         size = tensor.get_size()
-        if name.startswith("weight") or name == "bias" or (name.startswith("x_") and len(size) == 1):
+        if size and (name.startswith("weight") or name == "bias" or (name.startswith("x_") and len(size) == 1)):
             strides[name] = math.prod(int(s) for s in size[1:])
     return strides
 

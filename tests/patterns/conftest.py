@@ -11,6 +11,7 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
 from quark_inductor import testing
+from quark_inductor.lowering import providers  # noqa: F401  in their order of preference, whatever a test imports
 from quark_inductor.patterns import _inductor, base, matcher
 from quark_inductor.patterns.pipeline import GraphResult
 from quark_inductor.schemes import registry  # noqa: F401

@@ -194,7 +194,15 @@ def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
     assert done.fused() == {}
     assert done.result.unfused == ()
     # Nothing matched, and every pass says so.
-    others = {"hoist_views", "cse", "decode_attention", "decode_linear", "grouped_linear", "select_providers"}
+    others = {
+        "hoist_selects",
+        "hoist_views",
+        "cse",
+        "decode_attention",
+        "decode_linear",
+        "grouped_linear",
+        "select_providers",
+    }
     rules = {rule.name for rule in registered_rules()}
     assert {(p.name, p.matches) for p in done.result.passes} == {(name, 0) for name in rules | others}
     assert done.result.linears == done.result.left == ()

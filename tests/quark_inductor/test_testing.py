@@ -70,7 +70,7 @@ return %13
         """\
 %0 = placeholder() : float32[3, 64]
 %1 = placeholder() : uint8[1, 2, 1088]
-%2 = quark_inductor.prologue_gemm(%0, None, None, None, %1, None, None, None, None, 'mxfp4', 'even', 0, 'mxfp4', 'panel64', 48, 32) : float32[3, 48]
+%2 = quark_inductor.prologue_gemm(%0, None, None, None, %1, None, None, None, None, 'mxfp4', 'even', 0, 'mxfp4', 'panel64', 48, 32, None) : float32[3, 48]
 return %2
 """,  # noqa: E501
     )

@@ -369,6 +369,7 @@ class Aiter16x16(Layout):
     name = "aiter_16x16"
     device_type = "cuda"
     rows = 0
+    experts = False
 
     def refuses(self, tensors: Sequence[Tensor], stored: Stored) -> str | None:
         """MXFP4 both, whole tiles, and an AITER that runs on such weights all that it runs on others."""

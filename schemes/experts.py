@@ -268,10 +268,16 @@ class QuarkExperts(nn.Module):
         if not all(isinstance(m, QuarkLinear) for expert in (*into, *down) for m in expert):
             self.refusal = "some of their Linears are not quantized"
             return
+        linears = [m for expert in (*into, *down) for m in expert]
+        alone = [m for m in linears if m.packed is not None and not m.packed[0].experts]
+        for m in alone:
+            m.unpack_()
         try:
             named = {**self._grouped_into(into), DOWN: GroupedLinear(down)}
         except ShapeError as e:
             self.refusal = f"their Linears cannot be grouped: {e}"
+            for m in alone:
+                m.pack_()
             return
         for name, module in named.items():
             self.add_module(name, module)

@@ -45,11 +45,13 @@ class Layout(ABC):
         name: what ops carry.
         device_type: where weights are packed so when they are loaded.
         rows: output features in one entry of a packed tensor's first dimension; 0: no part of it is a packed weight.
+        experts: whether kernels read several weights at once, packed one after the other.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     rows: ClassVar[int]
+    experts: ClassVar[bool] = True
 
     @abstractmethod
     def refuses(self, tensors: Sequence[Tensor], stored: Stored) -> str | None:

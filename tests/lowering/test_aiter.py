@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -19,8 +20,10 @@ from quark_inductor.lowering.base import GemmProblem, No, provider_keys
 from quark_inductor.lowering.cpp.panel64 import Panel64
 from quark_inductor.lowering.target import Target
 from quark_inductor.patterns import late_decomposition
+from quark_inductor.schemes import experts as of_experts
 from quark_inductor.schemes.base import QuarkLinear
-from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.schemes.errors import QuarkInductorError, ShapeError
+from quark_inductor.schemes.experts import QuarkExperts
 from quark_inductor.schemes.layout import Stored, layout_for
 
 Q = torch.ops.quark_inductor
@@ -573,6 +576,79 @@ def test_a_packed_linear_compiled(compiled: Callable[..., Any], m: int, dtype: t
     found = {name: count for name, count in counters["inductor"].items() if name.startswith("quark.")}
     assert found == ({} if by is None else {f"quark.{by}.aiter": 1})
     close(y, expected, dtype) if by else torch.testing.assert_close(y, expected)
+
+
+# --- a layer of experts
+
+
+class Gated(nn.Module):
+    """What a model's module of experts has besides its weights."""
+
+    has_gate = True
+
+    def _apply_gate(self, y: Tensor) -> Tensor:
+        gate, up = y.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+WIDE = {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}
+
+
+@pytest.fixture
+def layer(on_this_device: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., QuarkExperts]:
+    """Three experts, each Linear as it is after loading."""
+    monkeypatch.setattr(Panel64, "device_type", "meta")
+    return make_layer
+
+
+def make_layer(scheme: str, bias: bool = False) -> QuarkExperts:
+    torch.manual_seed(0)
+    floats = [{name: nn.Linear(k, n, bias=bias, dtype=torch.bfloat16) for name, (n, k) in WIDE.items()} for _ in "abc"]
+    model = nn.ModuleList(nn.ModuleDict(linears) for linears in floats)
+    qi.quantize_(model, scheme, exclude=())
+    return QuarkExperts([dict(linears.items()) for linears in model], Gated())  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_experts_are_not_shuffled(layer: Callable[..., QuarkExperts], bias: bool) -> None:
+    """Alone a Linear is; grouped they are as the checkpoint has them, gate and up as one, and so is what is saved."""
+    experts = layer("mxfp4", bias)
+    linears = [m for m in experts.modules() if isinstance(m, QuarkLinear)]
+    assert {m.packed[0].name for m in linears if m.packed is not None} == {"aiter_16x16"}
+    # Of 128 x 256 and 256 x 128: the latter is no whole tile.
+    assert [m.packed is not None for m in linears] == [True, True, False] * 3
+    state = {name: t.clone() for name, t in experts.state_dict().items()}
+    x = torch.randn(3, 256).bfloat16()
+    expected = [m(x[:, : m.in_features]) for m in linears]
+    experts.group_()
+    assert (experts.refusal, experts.grouped) == ("", ("gate_up_proj", "down_proj"))
+    assert all(m.packed is None for m in linears)
+    assert experts.gate_up_proj.weight.shape == (3, 256, 128)
+    assert experts.gate_up_proj.weight_scale.shape == (3, 256, 8)
+    assert all(torch.equal(m(x[:, : m.in_features]), y) for m, y in zip(linears, expected, strict=True))
+    after = experts.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], t) for name, t in state.items())
+    experts.load_state_dict(state)
+    assert experts.grouped
+    assert all(m.packed is None for m in linears)
+
+
+@pytest.mark.usefixtures("installed")
+def test_experts_that_cannot_be_grouped_stay_shuffled(
+    monkeypatch: pytest.MonkeyPatch, layer: Callable[..., QuarkExperts]
+) -> None:
+    def refuse(linears: Any) -> Any:
+        raise ShapeError("no")
+
+    monkeypatch.setattr(of_experts, "GroupedLinear", refuse)
+    experts = layer("mxfp4")
+    packed = [m.packed is not None for m in experts.modules() if isinstance(m, QuarkLinear)]
+    experts.group_()
+    assert experts.refusal == "their Linears cannot be grouped: no"
+    assert [m.packed is not None for m in experts.modules() if isinstance(m, QuarkLinear)] == packed
+    assert True in packed
 
 
 # --- the bytes

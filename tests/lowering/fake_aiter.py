@@ -150,3 +150,192 @@ def gemm_a16wfp4_preshuffle(
     assert prequant
     assert x.dtype in (torch.bfloat16, torch.float16)
     return (mxfp4(x) @ preshuffled(w, w_scales).T).to(dtype)
+
+
+# --- experts
+
+
+def get_optimal_moe_config_func(
+    dtype, use_int8_w8a16=False, use_int8_w8a8=False, use_fp8_w8a8=False, use_int4_w4a16=False, use_mxfp4=False
+):
+    """Tiles by the number of tokens, out of a table that is read once and handed out as it is."""
+    assert [use_int8_w8a16, use_int8_w8a8, use_fp8_w8a8, use_int4_w4a16, use_mxfp4].count(True) == 1
+    table = FP8_TILES if use_fp8_w8a8 else MXFP4_TILES
+    return lambda M: table["small_M" if M < 256 else "medium_M" if M < 1024 else "large_M"]
+
+
+def _tiles(m, k):
+    named = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": 2}
+    return {**named, "num_warps": 4, "num_stages": 2, "waves_per_eu": 0, "matrix_instr_nonkdim": 16, "kpack": 1}
+
+
+MXFP4_TILES = {"small_M": _tiles(16, 128), "medium_M": _tiles(64, 128), "large_M": _tiles(128, 128)}
+FP8_TILES = {"small_M": _tiles(16, 256), "medium_M": _tiles(64, 64), "large_M": _tiles(128, 128)}
+KEYS = set(_tiles(1, 1))
+
+
+def _moe(
+    A,
+    B,
+    C,
+    product,
+    of_padding,
+    topk_weights,
+    topk_ids,
+    sorted_token_ids,
+    expert_ids,
+    num_tokens_post_padded,
+    mul_routed_weight,
+    top_k,
+    config,
+    compute_type,
+):
+    """What the kernels of both functions do: ``product`` of a row of A and an expert, for each row in each block.
+
+    Not written by any block: NaN. ``of_padding``: what is read of a row that only fills a block.
+    """
+    import triton.language as tl
+
+    assert {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32}[compute_type] is C.dtype
+    assert set(config) == KEYS
+    (m, _), (experts, n, _), valid = A.shape, B.shape, topk_ids.numel()
+    assert m > 0  # what it does without rows is not documented
+    assert C.shape == (m, top_k, n)
+    assert valid == m * top_k
+    assert topk_weights.shape == topk_ids.shape == (m, top_k)
+    assert topk_weights.stride(1) == sorted_token_ids.stride(0) == 1
+    # A buffer's beginning and some strides are all that the kernel gets.
+    assert (A.stride(), B.stride(2), C.stride()[1:]) == ((A.shape[1], 1), 1, (n, 1))
+    assert expert_ids.is_contiguous()
+    assert expert_ids.dtype == num_tokens_post_padded.dtype == torch.int32
+    assert num_tokens_post_padded.shape == (1,)
+    block = config["BLOCK_SIZE_M"]
+    longest = len(sorted_token_ids) if m >= block else min(len(sorted_token_ids), m * top_k * block)
+    launched, counted = -(-longest // block), num_tokens_post_padded.item()
+    assert counted % block == 0
+    assert counted // block <= min(launched, len(expert_ids))
+    assert counted <= len(sorted_token_ids)
+    C.fill_(torch.nan)
+    out, seen = C.view(-1, n), set()
+    for pid, expert in enumerate(expert_ids[: counted // block].tolist()):
+        for token in sorted_token_ids[pid * block : (pid + 1) * block].tolist():
+            assert token >= 0
+            if token >= valid:
+                of_padding(token // top_k)
+                continue
+            assert token not in seen
+            seen.add(token)
+            assert -1 <= expert < experts
+            row = product(token // top_k, expert) if expert >= 0 else torch.zeros(n, dtype=torch.float64)
+            out[token] = row * topk_weights.flatten()[token].double() if mul_routed_weight else row
+
+
+def fused_moe_mxfp4(
+    A,
+    B,
+    C,
+    A_scale,
+    B_scale,
+    A_mx_scale,
+    B_mx_scale,
+    topk_weights,
+    topk_ids,
+    sorted_token_ids,
+    expert_ids,
+    num_tokens_post_padded,
+    mul_routed_weight,
+    top_k,
+    swizzle_mx_a,
+    swizzle_mx_b,
+    config,
+    compute_type,
+):
+    assert A.dtype == B.dtype == A_mx_scale.dtype == B_mx_scale.dtype == torch.uint8
+    (_, columns), (experts, n, _) = A.shape, B.shape
+    assert B.shape[2] == columns
+    assert (A_scale.dtype, A_scale.shape, B_scale.dtype, B_scale.shape) == (
+        torch.float32,
+        (1,),
+        torch.float32,
+        (experts,),
+    )
+    assert B_mx_scale.shape == (experts, n, columns // 16)
+    assert A_mx_scale.shape[1] == columns // 16
+    assert (swizzle_mx_a, swizzle_mx_b) == (False, False)  # documented, and not there
+    assert A_mx_scale.is_contiguous()
+    weights = fp4(B) * e8m0(B_mx_scale)
+
+    def product(row, expert):
+        values = fp4(A[row]) * e8m0(A_mx_scale[row])
+        return weights[expert] @ values * A_scale.double() * B_scale[expert].double()
+
+    def of_padding(row):
+        assert row < len(A_mx_scale)  # scales are loaded without a mask
+
+    _moe(
+        A,
+        B,
+        C,
+        product,
+        of_padding,
+        topk_weights,
+        topk_ids,
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        mul_routed_weight,
+        top_k,
+        config,
+        compute_type,
+    )
+
+
+def fused_moe(
+    A,
+    B,
+    C,
+    A_scale,
+    B_scale,
+    B_zp,
+    topk_weights,
+    topk_ids,
+    sorted_token_ids,
+    expert_ids,
+    num_tokens_post_padded,
+    mul_routed_weight,
+    top_k,
+    compute_type,
+    use_fp8_w8a8,
+    use_int8_w8a16,
+    use_int4_w4a16,
+    block_shape=None,
+    config=None,
+):
+    (m, k), (experts, n, _) = A.shape, B.shape
+    # Without blocks, or in other formats, it quantizes A itself, or not at all.
+    assert (use_fp8_w8a8, use_int8_w8a16, use_int4_w4a16, B_zp, block_shape) == (True, False, False, None, [128, 128])
+    assert A.dtype == B.dtype
+    assert (A_scale.dtype, A_scale.shape) == (torch.float32, (m, k // 128))
+    assert (B_scale.dtype, B_scale.shape) == (torch.float32, (experts, -(-n // 128), k // 128))
+    assert 128 % config["BLOCK_SIZE_K"] == 0  # a step of the kernel's reads one scale
+    right = B_scale.double().repeat_interleave(128, 1)[:, :n].repeat_interleave(128, 2) * B.double()
+
+    def product(row, expert):
+        return right[expert] @ (A[row].double() * A_scale[row].double().repeat_interleave(128))
+
+    _moe(
+        A,
+        B,
+        C,
+        product,
+        lambda row: None,  # scales are loaded with the mask of rows
+        topk_weights,
+        topk_ids,
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        mul_routed_weight,
+        top_k,
+        config,
+        compute_type,
+    )

@@ -1,6 +1,7 @@
 """AITER without AITER: a package of its name, with its signatures, stands in (``fake_aiter.py``)."""
 
 import dataclasses
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quark_inductor as qi
 from quark_inductor.lowering import aiter, target
-from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, PACKED, Aiter, Aiter16x16
+from quark_inductor.lowering.aiter import ARCHS, FEW_TOKENS, GROUPED, PACKED, Aiter, Aiter16x16
 from quark_inductor.lowering.base import GemmProblem, No, provider_keys
 from quark_inductor.lowering.cpp.panel64 import Panel64
 from quark_inductor.lowering.target import Target
@@ -56,6 +58,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
                 file = root.joinpath("ops", *PACKED[name][0].split(".")).with_suffix(".py")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(fake, file)
+                continue
+            if name in GROUPED:
+                for module in (f"{'moe.' if folder else ''}{GROUPED[name][0]}", "utils.moe_config_utils"):
+                    file = root.joinpath("ops/triton", *module.split(".")).with_suffix(".py")
+                    file.parent.mkdir(exist_ok=True)
+                    shutil.copy(fake, file)
                 continue
             line = f"from aiter.ops.triton.fake_aiter import {name}\n"
             (root / "ops/triton" / folder / f"{name}.py").write_text(line)
@@ -177,6 +185,8 @@ BY_ROWS = {"x_granularity": "per_token", "weight_scale_ndim": 1}
 IN_FP8 = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3", **BY_ROWS}
 IN_FNUZ = {"x_format": "fp8_e4m3fnuz", "weight_format": "fp8_e4m3fnuz", **BY_ROWS}
 BLOCKS = {"x_format": "fp8_e4m3", "weight_format": "fp8_e4m3_128x128", "x_columns": 128}
+BLOCKS_IN_FNUZ = {"x_format": "fp8_e4m3fnuz", "weight_format": "fp8_e4m3fnuz_128x128", "x_columns": 128}
+EXPERTS = {"experts": 8, "grouped": True}
 INT8 = {"x_format": "int8", "weight_format": "int8", **BY_ROWS}
 PACK = {"layout": "aiter_16x16", "n": 128}
 PROLOGUE = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
@@ -200,6 +210,10 @@ PROLOGUE = {"op": "prologue_gemm", "scale_rule": "even", "x_granularity": ""}
         (GFX950, {**BLOCKS, "k": 128, "x_granularity": "per_token", "x_columns": 0}),
         (GFX942, INT8),
         (GFX950, INT8),
+        (GFX950, EXPERTS),
+        (GFX950, {**EXPERTS, "dtype": "float16", "m": None, "n": 7, "k": 64, "rounds": True}),
+        (GFX950, {**EXPERTS, **BLOCKS}),
+        (GFX942, {**EXPERTS, **BLOCKS_IN_FNUZ, "dtype": "float16", "m": None}),
     ],
     ids=str,
 )
@@ -231,7 +245,45 @@ def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
             {**PACK, **PROLOGUE, "scale_rule": "floor"},
             "has no kernel for prologue_gemm of mxfp4 floor and mxfp4 in the layout aiter_16x16",
         ),
-        (GFX950, {"experts": 8}, "has no kernel for experts"),
+        (GFX950, {"experts": 8}, "has no kernel for experts of as many rows each"),
+        (GFX942, EXPERTS, "fused_moe_mxfp4 runs on gfx950, the device is gfx942"),
+        (GFX950, {**EXPERTS, **PACK}, "has no kernel for experts in the layout aiter_16x16"),
+        (GFX950, {**EXPERTS, "dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
+        (GFX950, {**EXPERTS, "k": 32}, "reads scales past the last of experts where K is 32"),
+        (
+            GFX950,
+            {**EXPERTS, **PROLOGUE},
+            "has no kernel for prologue_gemm of mxfp4 even and mxfp4, 8 experts",
+        ),
+        (
+            GFX950,
+            {**EXPERTS, "op": "weight_only_gemm", "x_format": ""},
+            "has no kernel for weight_only_gemm of bfloat16 and mxfp4, 8 experts",
+        ),
+        (GFX950, {**EXPERTS, **IN_FP8}, "has no kernel for quantized_gemm of fp8_e4m3 and fp8_e4m3, 8 experts"),
+        (GFX950, {**EXPERTS, **INT8}, "has no kernel for quantized_gemm of int8 and int8, 8 experts"),
+        (
+            GFX950,
+            {**EXPERTS, "x_format": "fp8_e4m3", "x_granularity": "per_token"},
+            "has no kernel for quantized_gemm of fp8_e4m3 and mxfp4, 8 experts",
+        ),
+        (
+            GFX950,
+            {**EXPERTS, **INT8, "zero_points": True},
+            "has no kernel for zero points, whose values are not known when compiling",
+        ),
+        (GFX942, {**EXPERTS, **BLOCKS}, "gfx942 multiplies fp8_e4m3fnuz, the activation is fp8_e4m3"),
+        (
+            GFX950,
+            {**EXPERTS, **BLOCKS, "rounds": True},
+            "does not round operands, as emulate_precision_casts asks for",
+        ),
+        (GFX950, {**EXPERTS, **BLOCKS, "x_columns": 64}, "scales 128 elements of a row at a time"),
+        (
+            GFX950,
+            {**EXPERTS, **BLOCKS, "k": 192},
+            "has no kernel for quantized_gemm of fp8_e4m3 and fp8_e4m3_128x128, 8 experts",
+        ),
         (GFX950, {"dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
         (GFX950, {**PROLOGUE, "m": None}, "quantizes up to 64 tokens in the GEMM, M is not known"),
         (GFX950, {**PROLOGUE, "m": FEW_TOKENS + 1}, "quantizes up to 64 tokens in the GEMM, M is 65"),
@@ -406,7 +458,7 @@ def test_tokens_not_known_before_run_time(compiled: Callable[..., Any], gemm: st
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("gemm", ARCHS)
+@pytest.mark.parametrize("gemm", [name for name in ARCHS if name not in GROUPED])
 def test_the_ops_are_ops(gemm: str) -> None:
     """Schema, fake, and a trace with symbolic sizes; they compute what AITER's functions do."""
     op, args = case(gemm)
@@ -446,6 +498,284 @@ def test_the_code_for_a_gpu(gpu_code: Callable[..., str], gemm: str, bias: bool)
     assert code.count(f"torch.ops.quark_inductor.aiter_{name}.default(") == 1
     repeated = 0 if tensor != "tensor" else 2 if name == "gemm_a8w8" else 1
     assert code.count("async_compile.triton(") == repeated + (bias and name != "gemm_a8w8")
+
+
+# --- experts
+
+NO_OTHER = ", or what chooses its tiles, takes other arguments"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "missing"),
+    [
+        ("moe/moe_op_mxfp4", "A_mx_scale,\n", "", ["fused_moe_mxfp4"]),
+        ("moe/moe_op_mxfp4", "swizzle_mx_a,\n    swizzle_mx_b", "swizzle_mx_b,\n    swizzle_mx_a", ["fused_moe_mxfp4"]),
+        (
+            "moe/moe_op_mxfp4",
+            "compute_type,\n):\n    assert",
+            "compute_type,\n    more,\n):\n    assert",
+            ["fused_moe_mxfp4"],
+        ),
+        ("moe/moe_op_mxfp4", "compute_type,\n):\n    assert", "compute_type,\n    more=None,\n):\n    assert", []),
+        (
+            "moe/moe_op_mxfp4",
+            "compute_type,\n):\n    assert",
+            "compute_type,\n    *,\n    more,\n):\n    assert",
+            ["fused_moe_mxfp4"],
+        ),
+        ("moe/moe_op_mxfp4", "compute_type,\n):\n    assert", "compute_type,\n    *,\n    more=1,\n):\n    assert", []),
+        ("moe/moe_op", "B_zp", "B_zero", ["fused_moe"]),
+        ("utils/moe_config_utils", "use_mxfp4=False", "use_fp4=False", ["fused_moe_mxfp4"]),
+        ("utils/moe_config_utils", "get_optimal_moe_config_func", "get_config", ["fused_moe_mxfp4", "fused_moe"]),
+    ],
+)
+def test_other_signatures_for_experts(
+    tmp_path: Path, package: Callable[..., None], file: str, old: str, new: str, missing: list[str]
+) -> None:
+    """All that is given is given by place: in that order, and nothing more may be needed."""
+    package(*ARCHS)
+    path = tmp_path / f"aiter/ops/triton/{file}.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    aiter.modules.cache_clear()
+    found = aiter.modules()
+    assert not isinstance(found, No)
+    assert [name for name in GROUPED if name not in found] == missing
+    for name, changes in (("fused_moe_mxfp4", {}), ("fused_moe", BLOCKS)):
+        reason = f"{name} of the AITER that is installed{NO_OTHER}" if name in missing else None
+        assert answer(**EXPERTS, **changes) == reason
+    assert "aiter" not in sys.modules
+
+
+@pytest.mark.parametrize("folder", ["gemm/basic", ""], ids=["new", "old"])
+def test_where_the_kernels_of_experts_are(package: Callable[..., None], folder: str) -> None:
+    package(*GROUPED, folder=folder)
+    found = aiter.modules()
+    assert not isinstance(found, No)
+    of = "aiter.ops.triton." + ("moe." if folder else "")
+    assert found == {"fused_moe_mxfp4": f"{of}moe_op_mxfp4", "fused_moe": f"{of}moe_op"}
+
+
+def test_an_aiter_without_experts(package: Callable[..., None]) -> None:
+    package(*(ARCHS.keys() - GROUPED.keys()))
+    assert answer() is None
+    assert answer(**EXPERTS) == "the AITER that is installed has no fused_moe_mxfp4"
+    x, scale = codes(1, 32), scales(1, 2)
+    message = f"quark_inductor::aiter_fused_moe_mxfp4 .*; the AITER that is installed has no fused_moe_mxfp4: {URL}"
+    with pytest.raises(QuarkInductorError, match=message):
+        Q.aiter_fused_moe_mxfp4(x, scale, x[None], scale[None], torch.tensor([1], dtype=torch.int32), "bfloat16")
+
+
+def in_blocks(ends: list[int], rows: int, block: int) -> tuple[list[int], list[int]]:
+    """The ids and experts of every block, expert by expert; -1 stands for a place that is no row's."""
+    ids, experts = list[int](), list[int]()
+    for expert, (begin, end) in enumerate(itertools.pairwise([0, *ends, rows])):
+        for first in range(begin, end, block):
+            own = list(range(first, min(first + block, end)))
+            ids += own + [-1] * (block - len(own))
+            experts.append(expert if expert < len(ends) else -1)
+    return ids, experts
+
+
+# Where the rows of experts end, and how many rows there are.
+ROWS: list[tuple[list[int], int]] = [
+    ([3, 8, 8, 40], 40),  # of unlike sizes, one of none
+    ([16, 32, 48], 48),  # whole blocks
+    ([17, 34, 51, 68], 80),  # a row more than a block each, and nobody's
+    ([0, 0, 5, 5], 5),  # one
+    ([0, 0, 0], 7),  # nobody's only
+    ([1], 1),
+    ([0], 1),
+    ([9], 9),
+    ([1, 2, 3, 4, 5, 6, 7, 8], 9),  # of one row each, and one that is nobody's
+    ([0, 300, 300, 301], 310),
+]
+
+
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+@pytest.mark.parametrize(("ends", "rows"), ROWS)
+def test_blocks_of_experts(ends: list[int], rows: int, block: int) -> None:
+    """Against a loop over experts; what is past the last block is nobody's, and no row."""
+    ids, experts, count = aiter.expert_blocks(torch.tensor(ends, dtype=torch.int32), rows, block)
+    assert ids.dtype == experts.dtype == count.dtype == torch.int32
+    expected, of = in_blocks(ends, rows, block)
+    assert len(ids) == block * len(experts)
+    assert count.tolist() == [len(expected)]
+    assert ids.tolist() == [i if i >= 0 else rows for i in expected] + [rows] * (len(ids) - len(expected))
+    assert experts.tolist() == of + [-1] * (len(experts) - len(of))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 16])
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_there_are_as_many_blocks_as_there_can_be(experts: int, block: int) -> None:
+    """The bound is reached by some offsets, whatever the number of rows, and passed by none."""
+    for rows in range(1, 9):
+        most, bounds = 0, set()
+        for ends in itertools.combinations_with_replacement(range(rows + 1), experts):
+            ids, _, count = aiter.expert_blocks(torch.tensor(ends, dtype=torch.int32), rows, block)
+            bounds.add(len(ids))
+            most = max(most, int(count))
+        assert bounds == {most}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_the_host_reads_nothing(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
+    """All sizes follow from those of what is given: an item of a fake tensor cannot be had."""
+    called = []
+    monkeypatch.setattr(aiter, "_function", lambda name: lambda *args: called.append(name))
+    function = getattr(aiter, gemm)
+    _, args = grouped_case(gemm, ([3, 8, 8, 40], 40))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (args[0], args[1], args[4], args[5], args[-1])]
+        y = function(*fake, "bfloat16")
+    assert called == [gemm]
+    assert (y.shape, y.dtype) == ((40, N), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("rows", "places"), [(1 << 15, torch.int32), (1 << 16, torch.int64)])
+def test_places_that_fit(monkeypatch: pytest.MonkeyPatch, rows: int, places: torch.dtype) -> None:
+    """A kernel multiplies places by the length of a row, in their dtype."""
+    found = []
+    monkeypatch.setattr(aiter, "_function", lambda name: lambda *args: found.append(args[9].dtype))
+    with FakeTensorMode():
+        weight, weight_scale = (torch.empty(2, (1 << 15), k, dtype=torch.uint8) for k in (32, 2))
+        x, x_scale = (torch.empty(rows, k, dtype=torch.uint8) for k in (32, 2))
+        offsets = torch.empty(2, dtype=torch.int32)
+        aiter.fused_moe_mxfp4(x, x_scale, weight, weight_scale, offsets, "bfloat16")
+    assert found[-1] is places
+
+
+def grouped_case(
+    gemm: str, where: tuple[list[int], int], dtype: torch.dtype = torch.bfloat16, bias: bool = False
+) -> tuple[str, list[Any]]:
+    """:func:`case` of experts."""
+    torch.manual_seed(0)
+    (ends, s), e, name = where, len(where[0]), str(dtype).removeprefix("torch.")
+    offsets, added = torch.tensor(ends, dtype=torch.int32), torch.randn(e, N).to(dtype) if bias else None
+    if gemm == "fused_moe_mxfp4":
+        x, x_scale, weight = codes(s, K // 2), scales(s, K // 32), (codes(e, N, K // 2), scales(e, N, K // 32))
+        formats = "mxfp4", "mxfp4"
+    else:
+        x, x_scale = codes(s, K, dtype=FP8), rand(s, K // 128)
+        weight = codes(e, N, K, dtype=FP8), rand(e, 1, K // 128)
+        formats = "fp8_e4m3", "fp8_e4m3_128x128"
+    rest = [None, None, *weight, None, None, added, *formats, name, "", 0, 0, offsets]
+    return "quantized_gemm", [x, x_scale, *rest]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("ends", "rows"), ROWS)
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_numbers_of_experts(gemm: str, ends: list[int], rows: int) -> None:
+    """Each row by its own expert's weight, and zeros in those of nobody; in every dtype of the op."""
+    op, args = grouped_case(gemm, (ends, rows))
+    expected = getattr(Q, op)(*args)
+    own = getattr(Q, f"aiter_{gemm}")
+    for name in ("bfloat16", "float16", "float32"):
+        y = own(args[0], args[1], args[4], args[5], args[-1], name)
+        assert y.dtype is getattr(torch, name)
+        close(y.bfloat16(), expected, torch.bfloat16)
+        assert not y[ends[-1] :].any()
+    assert expected[: ends[-1]].abs().sum() > 0 or ends[-1] == 0
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_experts_of_no_rows(gemm: str) -> None:
+    _, args = grouped_case(gemm, ([0, 0], 0))
+    y = getattr(Q, f"aiter_{gemm}")(args[0], args[1], args[4], args[5], args[-1], "bfloat16")
+    assert y.shape == (0, N)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_tiles_are_aiters(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
+    """By the number of rows, as its own tests choose them, in a dict of the call's own: the table stays as it is."""
+    import aiter.ops.triton.utils.moe_config_utils as chooser
+
+    table = chooser.MXFP4_TILES if gemm == "fused_moe_mxfp4" else chooser.FP8_TILES
+    before = {name: dict(tiles) for name, tiles in table.items()}
+    given: list[Any] = []
+    monkeypatch.setattr(aiter, "_function", lambda name: lambda *args: given.append(args))
+    for rows, name in ((3, "small_M"), (300, "medium_M"), (1500, "large_M")):
+        _, args = grouped_case(gemm, ([rows], rows))
+        getattr(aiter, gemm)(args[0], args[1], args[4], args[5], args[-1], "bfloat16")
+        config = given[-1][-2 if gemm == "fused_moe_mxfp4" else -1]
+        # Of blocks of 128, whose scale is read once a step.
+        assert config == {**table[name], "BLOCK_SIZE_K": min(table[name]["BLOCK_SIZE_K"], 128)}
+    assert table == before
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_the_ops_of_experts_are_ops(gemm: str) -> None:
+    """Schema, fake, and a trace with symbolic sizes."""
+    _, args = grouped_case(gemm, ([3, 8, 8, 40], 45))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    own = getattr(Q, f"aiter_{gemm}").default
+    # The first compares tensors in a way that torch has not for FP8.
+    given = args[0], args[1], args[4], args[5], args[-1], "float16"
+    torch.library.opcheck(own, given, test_utils=checks[gemm == "fused_moe" :])
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+@pytest.mark.parametrize(
+    ("dtype", "bias"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_experts_compiled(compiled: Callable[..., Any], gemm: str, dtype: torch.dtype, bias: bool) -> None:
+    """Through the lowering; with a bias of each expert, which nobody's rows have not."""
+    op, args = grouped_case(gemm, ([17, 17, 51, 68], 80), dtype, bias)
+    fused = getattr(Q, op)
+    y = compiled(lambda: fused(*args))
+    assert counters["inductor"][f"quark.{op}.aiter"] == 1
+    close(y, fused(*args), dtype)
+    assert not y[68:].any()
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+def test_rows_not_known_before_run_time(compiled: Callable[..., Any]) -> None:
+    op, (x, x_scale, *rest) = grouped_case("fused_moe_mxfp4", ([17, 17, 51, 68], 80), bias=True)
+    for tensor in (x, x_scale):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    close(compiled(lambda: getattr(Q, op)(x, x_scale, *rest)), getattr(Q, op)(x, x_scale, *rest), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+def test_a_sum_and_its_bias_are_rounded_once(compiled: Callable[..., Any]) -> None:
+    """1 + 2^-8 lies between two bfloat16 numbers; with 2^-12 more it is nearer to the upper."""
+    x, weight = torch.zeros(1, 32, dtype=torch.uint8), torch.zeros(1, 1, 32, dtype=torch.uint8)
+    for t in (x, weight):
+        t[..., 0] = t[..., 16] = 2  # 1.0, in either block
+    x_scale, weight_scale = torch.full((1, 2), 127, dtype=torch.uint8), torch.tensor([[[127, 119]]], dtype=torch.uint8)
+    bias, offsets = torch.tensor([[2.0**-12]]).bfloat16(), torch.tensor([1], dtype=torch.int32)
+
+    def run() -> Any:
+        formats = "mxfp4", "mxfp4", "bfloat16", "", 0, 0
+        return Q.quantized_gemm(x, x_scale, None, None, weight, weight_scale, None, None, bias, *formats, offsets)
+
+    assert compiled(run).item() == 1 + 2.0**-7
+    assert counters["inductor"]["quark.quantized_gemm.aiter"] == 1
+
+
+@pytest.mark.usefixtures("installed", "mi350")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("gemm", GROUPED)
+def test_the_code_of_experts_for_a_gpu(gpu_code: Callable[..., str], gemm: str, bias: bool) -> None:
+    """A call, and with a bias two kernels: one finds each row's expert, the other adds its bias and rounds."""
+    op, args = grouped_case(gemm, ([3, 8, 8, 40], 45), bias=bias)
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+    def run(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return getattr(Q, op)(*(next(given) if i in at else a for i, a in enumerate(args)))
+
+    code = gpu_code(run, [args[i] for i in at])
+    assert code.count(f"torch.ops.quark_inductor.aiter_{gemm}.default(") == 1
+    assert code.count("async_compile.triton(") == 2 * bias
 
 
 # --- the layout
@@ -609,6 +939,13 @@ def make_layer(scheme: str, bias: bool = False) -> QuarkExperts:
     return QuarkExperts([dict(linears.items()) for linears in model], Gated())  # type: ignore[operator]
 
 
+def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their two experts each, one of which is nobody, and weights."""
+    index = torch.rand(tokens, 3).argsort(1)[:, :2]
+    index[0, 0] = 3
+    return torch.randn(tokens, 256).bfloat16(), index, torch.rand(tokens, 2).bfloat16()
+
+
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_experts_are_not_shuffled(layer: Callable[..., QuarkExperts], bias: bool) -> None:
@@ -649,6 +986,53 @@ def test_experts_that_cannot_be_grouped_stay_shuffled(
     assert experts.refusal == "their Linears cannot be grouped: no"
     assert [m.packed is not None for m in experts.modules() if isinstance(m, QuarkLinear)] == packed
     assert True in packed
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("scheme", "bias", "gemm"),
+    [
+        ("mxfp4", False, "fused_moe_mxfp4"),
+        ("mxfp4", True, "fused_moe_mxfp4"),
+        ("fp8_block128", False, "fused_moe"),
+    ],
+)
+def test_a_layer_of_experts_compiled(
+    compiled: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    layer: Callable[..., QuarkExperts],
+    scheme: str,
+    bias: bool,
+    gemm: str,
+) -> None:
+    """Both projections, after the rules, by AITER; the emulation quantizes what goes into them."""
+    experts = layer(scheme, bias)
+    experts.group_()
+    found, function = list[str](), aiter._function
+    monkeypatch.setattr(aiter, "_function", lambda name: (found.append(name), function(name))[1])
+    args = routed(40)
+    expected, y = experts(*args), compiled(experts, *args)
+    assert {name: n for name, n in counters["inductor"].items() if name.startswith("quark.")} == {
+        "quark.quantized_gemm.aiter": 2
+    }
+    assert set(found) == {gemm}
+    # A sum that is rounded otherwise may become another code of the second projection's input.
+    assert (y.float() - expected.float()).norm() < 2.0**-4 * expected.float().norm()
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_report_of_a_layer_of_experts(layer: Callable[..., QuarkExperts]) -> None:
+    """Who runs it, and what it could not take."""
+    experts = layer("mxfp4")
+    experts.group_()
+    report = qi.explain(experts, *routed(40))
+    assert [row.provider for row in report.linears] == ["aiter", "aiter"]
+    assert [(row.name, row.shape, row.op, row.fused) for row in report.linears] == [
+        ("gate_up_proj", (256, 256), "quantized_gemm", True),
+        ("down_proj", (256, 128), "quantized_gemm", True),
+    ]
+    reason = "prologue_gemm: aiter: has no kernel for prologue_gemm of mxfp4 even and mxfp4, 3 experts"
+    assert all(reason in row.refusals for row in report.linears)
 
 
 # --- the bytes

@@ -147,7 +147,10 @@ def _together(linears: Sequence[QuarkLinear]) -> tuple[Plan, dict[str, _Joined]]
     if len(linears) == 1:
         shapes = {name: tuple(getattr(first, name).shape) for name in names}
         return first.planned(), {name: _Joined(shape, 0 if shape else None) for name, shape in shapes.items()}
-    n = sum(m.out_features for m in linears)
+    widths = [m.out_features for m in linears]
+    with torch.device("meta"):
+        first.scheme.weight_tensors(widths, first.in_features, first.params_dtype)  # refuses blocks across two of them
+    n = sum(widths)
     scheme, bias = _per_channel(first.scheme), first.bias is not None
     whole = QuarkLinear(first.in_features, n, scheme, bias=bias, dtype=first.params_dtype, device="meta")
     stored = None

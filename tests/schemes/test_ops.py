@@ -349,6 +349,75 @@ def test_dequantize_has_the_dtype_it_is_asked_for(dtype: torch.dtype) -> None:
     assert values.tolist() == [[4.0, 8.0] * 16]
 
 
+# --- of several experts
+
+
+class Grouped:
+    """Operands of E experts: each weight is the others', its rows turned, and so is each bias.
+
+    The scale of an activation that is one number is another for each expert.
+    """
+
+    ENDS = (2, 2, 4)  # an expert without rows, and a row behind that is nobody's
+
+    def __init__(self, oracle: ModuleType, gemm: tuple[str, str], dtype: torch.dtype, bias: bool) -> None:
+        self.parts = [Operands(oracle, gemm, dtype, bias) for _ in self.ENDS]
+        for e, part in enumerate(self.parts):
+            part.w, part.b = np.roll(part.w, 5 * e, 0), np.roll(part.b, 5 * e)
+            part.bias = torch.from_numpy(part.b).to(dtype) if bias else None
+        self.op, self.dtype = self.parts[0].op(), dtype
+        self.offsets = torch.tensor(self.ENDS, dtype=torch.int32)
+        self.names = [a.name for a in self.op.default._schema.arguments]
+        each = [dict(zip(self.names, part.args(), strict=False)) for part in self.parts]
+        self.scales = 2.0 ** np.arange(len(each)) if gemm[0].endswith("static") else np.ones(len(each))
+        self.args = tuple(
+            torch.stack(
+                [
+                    named[name] * by if name == "x_scale" else named[name]
+                    for named, by in zip(each, self.scales, strict=True)
+                ]
+            )
+            if isinstance(first, Tensor) and (name.startswith(("weight", "bias")) or first.ndim == 0)
+            else first
+            for name, first in each[0].items()
+        )
+
+    def result(self) -> np.ndarray:
+        y, begin = np.zeros((M, N)), 0
+        for part, by, end in zip(self.parts, self.scales, self.ENDS, strict=True):
+            y[begin:end] = (by * part.x @ part.w.T + (part.b if part.bias is not None else 0.0))[begin:end]
+            begin = end
+        return y
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@gemms
+def test_each_expert_has_its_rows(oracle: ModuleType, gemm: tuple[str, str], dtype: torch.dtype, bias: bool) -> None:
+    """Exact on small whole numbers, and zeros, not biases, in the row behind the last."""
+    made = Grouped(oracle, gemm, dtype, bias)
+    y, expected = made.op(*made.args, offsets=made.offsets), torch.from_numpy(made.result())
+    assert y.dtype == dtype
+    assert torch.equal(y, expected.to(dtype))
+    assert not y[4].any()
+    nobody = made.op(*made.args, offsets=torch.zeros_like(made.offsets))
+    assert torch.equal(nobody, torch.zeros_like(y))
+    # All rows are one expert's: it is the GEMM without offsets.
+    last = made.op(*made.args, offsets=torch.tensor([0, 0, M], dtype=torch.int32))
+    alone = [a[2] if isinstance(a, Tensor) and len(a) == len(made.ENDS) else a for a in made.args]
+    assert torch.equal(last, made.op(*alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@gemms
+def test_opcheck_of_the_gemms_of_experts(oracle: ModuleType, gemm: tuple[str, str], dtype: torch.dtype) -> None:
+    made = Grouped(oracle, gemm, dtype, bias=dtype is torch.bfloat16)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not any(isinstance(a, Tensor) and a.dtype == FP8 for a in made.args):
+        checks.append("test_schema")
+    torch.library.opcheck(made.op, made.args, {"offsets": made.offsets}, test_utils=checks)
+
+
 # --- errors
 
 

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from quark_inductor.patterns._inductor import remove_noop_ops
-from quark_inductor.patterns.base import History, PassResult, Refusal, arguments, call, layer_of, registered_rules
+from quark_inductor.patterns._inductor import remove_noop_ops, statically_known_true
+from quark_inductor.patterns.base import (
+    History,
+    PassResult,
+    Refusal,
+    arguments,
+    call,
+    layer_of,
+    registered_rules,
+    value,
+)
 from quark_inductor.patterns.canonicalize import hoist_views
 from quark_inductor.patterns.cse import cse
 from quark_inductor.patterns.late_decomposition import PlainGraphs
@@ -107,7 +116,7 @@ class _OfOne:
     def _copied(self, inner: Node, node: Node, copies: dict[Node, Any]) -> Any:
         if inner not in copies:
             inputs = [self._copied(n, node, copies) for n in inner.all_input_nodes]
-            if inner.op != "call_function" or any(n is _OF_EACH for n in inputs):
+            if inner.op != "call_function" or any(n is _OF_EACH for n in inputs) or self._mixes_rows(inner):
                 copies[inner] = _OF_EACH
             else:
                 copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
@@ -115,5 +124,13 @@ class _OfOne:
                 copies[inner].meta.update(about)
         return copies[inner]
 
+    def _mixes_rows(self, inner: Node) -> bool:
+        """Whether it computes one number of rows that may be those of several experts, such as their maximum."""
+        computed, rows = value(inner), value(self.x).shape[0]
+        tensors = [computed] if isinstance(computed, Tensor) else computed
+        return bool(inner.all_input_nodes) and not all(
+            t.ndim > 0 and statically_known_true(t.shape[0] == rows) for t in tensors
+        )
 
-_OF_EACH = object()  # in the place of what is computed from tensors of one expert
+
+_OF_EACH = object()  # in the place of what is computed from tensors or rows of one expert

@@ -314,9 +314,8 @@ def account(
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     if unexpected := sorted(set(stored) - set(targets)):
         message = (
-            f"{len(unexpected)} tensors of the checkpoint have no place in the model, the first is {unexpected[0]}"
-            + ("; mixtures of experts are not supported yet" if ".experts." in unexpected[0] else "")
-            + "; pass strict=False to leave them out"
+            f"{len(unexpected)} tensors of the checkpoint have no place in the model, the first is {unexpected[0]}; "
+            "pass strict=False to leave them out"
         )
         if strict:
             raise CheckpointError(message)

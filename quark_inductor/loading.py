@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -207,6 +208,8 @@ def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[Any, torch
     # Buffers that no file holds (rotary frequencies) are real: only parameters stay on the meta device.
     with init_empty_weights(include_buffers=False), _refused_by_transformers(f"build the model of {path}"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored_dtype, trust_remote_code=False)
+    for name, tensor in kept_in_float32(model).items():
+        assign(model, name, tensor.float())
     if (directory / "generation_config.json").exists():
         with _refused_by_transformers(f"read {directory / 'generation_config.json'}"):
             model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -330,10 +333,11 @@ def account(
             f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}"
             + (hint if missing[0].endswith("weight_zero_point") else "")
         )
-    found = {}
+    found, kept = {}, kept_in_float32(model).keys()
     for name in sorted(set(stored) & set(targets)):
         target = targets[name]
-        _check(name, stored[name], target, stored_dtype if target.dtype == model.dtype else None, scales)
+        is_float = target.dtype == model.dtype or name in kept
+        _check(name, stored[name], target, stored_dtype if is_float else None, scales | kept)
         # Scales that were computed in float32 stay so.
         exact = name in scales and stored[name].dtype == torch.float32 != stored_dtype
         found[name] = target.to(torch.float32) if exact else target
@@ -442,6 +446,13 @@ def scales_and_zero_points(model: nn.Module) -> tuple[set[str], set[str]]:
                 ):
                     zero_points.add(f"{name}.{parameter}")
     return scales, zero_points
+
+
+def kept_in_float32(model: nn.Module) -> dict[str, Tensor]:
+    """What transformers keeps in float32 in a model of 16 bits, by name: the bias of a router."""
+    kept = "|".join(map(re.escape, getattr(model, "_keep_in_fp32_modules_strict", None) or ()))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: t for name, t in tensors if kept and re.search(rf"(^|\.)({kept})(\.|$)", name)}
 
 
 def _check(

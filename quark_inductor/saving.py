@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from quark_inductor import checkpoint, files
-from quark_inductor.loading import scales_and_zero_points
+from quark_inductor.loading import kept_in_float32, scales_and_zero_points
 from quark_inductor.schemes.base import AT_LOAD, QuarkLinear
 from quark_inductor.schemes.errors import CheckpointError, ConfigError
 from quark_inductor.schemes.experts import QuarkExperts
@@ -46,8 +46,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     merged = tuple(f"{n}." for n, m in linears.items() if m.merged is not None)
     merged += tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, QuarkExperts) and m.grouped)
     state = {n: t.clone() if n.startswith(merged) else t for n, t in model.state_dict().items() if n not in tied}
-    scales, _ = scales_and_zero_points(model)
-    floats = {t.dtype for n, t in state.items() if n not in scales and t.is_floating_point() and t.dtype.itemsize > 1}
+    exempt = scales_and_zero_points(model)[0] | kept_in_float32(model).keys()
+    floats = {t.dtype for n, t in state.items() if n not in exempt and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:
         raise ConfigError(f"the model's float tensors have {len(floats)} dtypes ({floats}), expected one")
     save_torch_state_dict(state, directory, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quark_inductor import checkpoint, files
@@ -42,10 +43,14 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{directory} already holds {taken[0]}; choose another directory, or empty it")
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    # A copy of each, because what was merged or grouped shares memory, and would be written once.
+    # A copy of each, because what was merged, and Linears of experts, share memory that would be written once.
     merged = tuple(f"{n}." for n, m in linears.items() if m.merged is not None)
-    merged += tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, QuarkExperts) and m.grouped)
-    state = {n: t.clone() if n.startswith(merged) else t for n, t in model.state_dict().items() if n not in tied}
+    merged += tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, QuarkExperts))
+    state = {
+        n: t.clone(memory_format=torch.contiguous_format) if n.startswith(merged) else t
+        for n, t in model.state_dict().items()
+        if n not in tied
+    }
     exempt = scales_and_zero_points(model)[0] | kept_in_float32(model).keys()
     floats = {t.dtype for n, t in state.items() if n not in exempt and t.is_floating_point() and t.dtype.itemsize > 1}
     if len(floats) != 1:

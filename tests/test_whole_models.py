@@ -1,7 +1,7 @@
 """Whole models of transformers: how often each rule matches, and that no activation is quantized twice.
 
-Checkpoints exported by amd-quark, and random models for the schemes of which there is none. Mixtral's and GPT-OSS's
-experts are not Linears and stay as they are; their attention is quantized.
+Checkpoints exported by amd-quark, and random models for the schemes of which there is none. Of Mixtral and GPT-OSS the
+attention is quantized, and the experts, too, in checkpoints of their own.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import quark_inductor as qi
 from quark_inductor.lowering.base import provider_names
@@ -75,7 +77,8 @@ def quantized(name: str, scheme: str, dtype: torch.dtype = torch.float32) -> tup
     else:
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**SIZES, **MODELS[name][0])
-        model = qi.quantize_(getattr(transformers, f"{name}ForCausalLM")(config).eval(), scheme)
+        float_model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        model = qi.quantize_(float_model, scheme, exclude=("lm_head", "*.experts.*"))
     assert type(model).__name__ == f"{name}ForCausalLM"
     assert (model.dtype, model.config.num_hidden_layers) == (dtype, LAYERS)
 
@@ -151,3 +154,69 @@ def test_merged_linears_are_one_gemm(scheme: str) -> None:
     # q, k and v, or each of them; o; gate and up; down.
     assert done.fused == {"prologue_gemm": (4 if checkpoint else 6) * LAYERS}
     torch.testing.assert_close(done.output, before, rtol=0, atol=1e-6)
+
+
+# --- experts and all
+
+MOE = sorted(path.name for path in FIXTURES.glob("moe_*"))
+# Of each model one, and of each way to quantize an activation.
+QUICK = {"moe_gpt_oss_mxfp4_fp8", "moe_mixtral_fp8", "moe_qwen3_nvfp4", "moe_qwen3_uint4_wo_32"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MOE])
+def test_every_linear_and_every_expert_is_fused(name: str) -> None:
+    """Of a layer four Linears of attention, and two projections of all experts."""
+    model: Any = qi.load(FIXTURES / name)
+    layers = model.config.num_hidden_layers
+    done = rewrite(lambda ids: model(input_ids=ids, use_cache=False).logits, IDS)
+    op = "weight_only_gemm" if name.endswith(("weight_only", "wo_32")) else "prologue_gemm"
+    assert done.fused == {op: 6 * layers}
+    assert done.matches["grouped_linear"] == 2 * layers
+    assert (done.refusals, done.result.left) == ((), ())
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"] + ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    expected_names = {f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts}
+    assert {linear.layer for linear in done.result.linears} == expected_names
+    assert all(linear.fused for linear in done.result.linears)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+    # One step of the largest logit, see above.
+    atol = torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(done.output, expected, rtol=0, atol=atol)
+
+
+def numbers(name: str) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in load_file(FIXTURES / name / "reference.safetensors").items()}
+
+
+def test_compiled_experts_give_amd_quarks_numbers() -> None:
+    """Of three experts a token, whose order and dtype of the sum matter."""
+    name, path = "moe_qwen3_mxfp4", "model.layers.0.mlp.experts"
+    module, held = qi.load(FIXTURES / name).get_submodule(path), numbers(name)
+    args = [held[f"{path}.{part}"] for part in ("input", "top_k_index", "top_k_weights")]
+    if not torch.equal(module(*args), held[f"{path}.output"]):
+        pytest.skip("this CPU adds up in another order than the one of the fixtures")
+    options = {"emulate_precision_casts": True}
+    compiled = torch.compile(module, backend="quark", fullgraph=True, options=options)
+    assert torch.equal(compiled(*args), held[f"{path}.output"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOE)
+def test_a_compiled_model_for_prefill_and_decode(name: str) -> None:
+    """amd-quark's logits bit by bit where eager code has them on this CPU; one step of the largest elsewhere."""
+    model: Any = qi.load(FIXTURES / name)
+    held = numbers(name)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 16, (1, count), generator=generator) for count in (40, 1, 7)]
+    options = {"emulate_precision_casts": True}
+    compiled = torch.compile(model, backend="quark", fullgraph=True, dynamic=True, options=options)
+    with torch.inference_mode():
+        alike = torch.equal(model(held["ids"]).logits, held["logits"])
+        for ids in (*prompts, held["ids"]):
+            expected, logits = model(ids, use_cache=False).logits, compiled(ids, use_cache=False).logits
+            if alike:
+                assert torch.equal(logits, expected)
+            atol = torch.finfo(expected.dtype).eps * expected.abs().max().item()
+            torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
+    # One for any number of tokens, and one that knows that it is 1.
+    assert counters["stats"]["unique_graphs"] == 2

@@ -616,7 +616,7 @@ def test_a_gradient_is_refused(experts: Callable[..., QuarkExperts]) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "as stored"])
-@pytest.mark.parametrize("name", ["mxfp4", "ptpc_fp8", "fp8", "int4_wo_32", "nvfp4", "int8"])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int8"])
 def test_opcheck(experts: Callable[..., QuarkExperts], name: str, packed: bool) -> None:
     module = experts(name, packed=packed)
     module.group_()

@@ -145,10 +145,10 @@ def check_any_number_of_rows(model: Experts, rows: Sequence[int]) -> str:
 ROWS = (37, 2, 9, 300, 33)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 16))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 24))])
 def test_packed(oracle: ModuleType, gemms: ModuleType, pairs: Any, part: int) -> None:
-    """Every pair, a sixteenth of them at a time."""
-    model = Experts(gemms, oracle, list(pairs)[part::16], packed=True)
+    """Every pair, a twenty-fourth of them at a time."""
+    model = Experts(gemms, oracle, list(pairs)[part::24], packed=True)
     code = check_any_number_of_rows(model, ROWS)
     assert code.count("is_expert = e <") == len(model.pairs)
 

@@ -28,6 +28,7 @@ from quark_inductor.patterns.decode_linear import decode_linear
 from quark_inductor.patterns.grouped_linear import grouped_linear
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.patterns.leftovers import leftovers
+from quark_inductor.patterns.quantize_before_gather import quantize_before_gather
 from quark_inductor.patterns.selection import LinearResult, select_providers
 from quark_inductor.schemes.errors import NotFusedError
 
@@ -100,6 +101,8 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
     selecting = time.perf_counter()
     linears = select_providers(graph, history.replaced, options.provider)
     passes.append(PassResult("select_providers", len(linears), (), (time.perf_counter() - selecting) * 1e3))
+    graph.eliminate_dead_code()
+    passes.append(_timed("quantize_before_gather", quantize_before_gather, graph))
     graph.eliminate_dead_code()
     graph.lint()
     all_linears, unfused, left = leftovers(graph, linears, history.refused)

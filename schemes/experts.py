@@ -29,9 +29,9 @@ from quark_inductor.schemes.errors import ShapeError, TrainingError
 from quark_inductor.schemes.plan import Plan
 
 # The Linears of an expert: those that read its input, in the order of their outputs, and the one behind its gate.
+INTO, DOWN = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 # Bytes that may be held twice while experts are grouped.
 _AT_ONCE = 8 << 20
-INTO, DOWN = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 
 
 def grouped_linear(x: Tensor, offsets: Tensor, tensors: Sequence[Tensor], plan: str) -> Tensor:
@@ -104,7 +104,7 @@ class GroupedLinear(nn.Module):
         """
         super().__init__()
         linears = [m for expert in experts for m in expert]
-        kinds = {(m.in_features, m.out_features, m.scheme.spec, m.emulation, *_names(m)) for m in linears}
+        kinds = {(m.in_features, m.out_features, m.scheme.spec, m.emulation, *sorted(_names(m))) for m in linears}
         if len(kinds) != 1:
             raise ShapeError(f"they are of {len(kinds)} kinds")
         plan, joined = _together(experts[0])
@@ -272,7 +272,9 @@ class QuarkExperts(nn.Module):
             self.refusal = "some of their Linears are not quantized"
             return
         linears = [m for expert in (*into, *down) for m in expert]
-        alone = [m for m in linears if m.packed is not None and not m.packed[0].experts]
+        # As the checkpoint has them if their layout is not for experts, or one of them could not be packed.
+        packed = [m for m in linears if m.packed is not None]
+        alone = packed if len(packed) < len(linears) else [m for m in packed if not m.packed[0].experts]  # type: ignore[index]
         for m in alone:
             m.unpack_()
         try:

@@ -201,6 +201,7 @@ def test_a_float_model_is_left_alone(rewrite: Callable[..., Any]) -> None:
         "decode_attention",
         "decode_linear",
         "grouped_linear",
+        "quantize_before_gather",
         "select_providers",
     }
     rules = {rule.name for rule in registered_rules()}

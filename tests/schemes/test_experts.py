@@ -643,3 +643,19 @@ def test_each_expert_has_its_rows(experts: Callable[..., QuarkExperts], ends: li
             expected[begin:end] = m(x[begin:end])
     module.group_()
     assert torch.equal(module.get_submodule("down_proj")(x, torch.tensor(ends, dtype=torch.int32)), expected)
+
+
+def test_one_expert_that_cannot_be_packed_has_the_others_unpacked(experts: Callable[..., QuarkExperts]) -> None:
+    """Block scales of 2^64 and more are in no panel: then no expert is in one, and all are one piece still."""
+
+    def change(expert: int, name: str, linear: QuarkLinear) -> None:
+        if (expert, name) == (1, "down_proj"):
+            linear.weight_scale.data[0, 0] = 200
+
+    module = experts("mxfp4", change=change)
+    x, index, weights = routed(7)
+    before = module(x, index, weights)
+    module.group_()
+    assert module.refusal == ""
+    assert {m.packed is None for e in module.experts for m in (*e.into, e.down)} == {True}
+    assert torch.equal(module(x, index, weights), before)

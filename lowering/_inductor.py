@@ -115,9 +115,15 @@ def called(op: Any, *args: Any) -> Any:
     return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
-def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:
-    """The IR node of the best choice."""
-    result = autotune_select_algorithm(name, choices, list(inputs), layout)
+def select_choice(
+    name: str,
+    choices: list[Any],
+    inputs: Sequence[Any],
+    layout: Any,
+    made: Mapping[int, Callable[[Any], Any]] | None = None,
+) -> Any:
+    """The IR node of the best choice; ``made``: what to measure it with, of inputs that cannot be random, by place."""
+    result = autotune_select_algorithm(name, choices, list(inputs), layout, input_gen_fns=made)
     return result[0] if isinstance(result, tuple) else result  # torch 2.11 gives the node, 2.12 a (node, choice)
 
 

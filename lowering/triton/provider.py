@@ -46,7 +46,7 @@ def refuse(chip: Chip, problem: GemmProblem) -> str | None:
         return "there are no rows"
     if problem.layout:
         return f"has no kernel for weights in the layout {problem.layout}"
-    if problem.experts:
+    if problem.experts and not problem.grouped:
         return "has no kernel for experts"
     if problem.scale_rule in ("floor", "ceil"):
         return f"scale rule {problem.scale_rule!r} takes a logarithm, which two libraries round differently"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.triton import grouped
 from quark_inductor.lowering.triton.activation import activation
 from quark_inductor.lowering.triton.forms import Form, cut, is_turned
 from quark_inductor.lowering.triton.operand import FLOATS, Operand
@@ -26,7 +27,7 @@ _HEAD = """{{{{def_kernel({names})}}}}
         return
     STEPS: tl.constexpr = K // BLOCK_K
     pid = tl.program_id(0).to(INDEX_DTYPE)
-    tiles_m = (M + BLOCK_M - 1) // BLOCK_M
+    tiles_m = {tiles_m}
     tiles_n = (N + BLOCK_N - 1) // BLOCK_N
     # Programs that run together share what they read: GROUP_M tiles of rows, then the next columns.
     width = GROUP_M * tiles_n
@@ -34,17 +35,25 @@ _HEAD = """{{{{def_kernel({names})}}}}
     height = min(tiles_m - group * GROUP_M, GROUP_M)
     pid_m = group * GROUP_M + (pid % width) % height
     pid_n = (pid % width) // height
-    # Rows and columns past the end read others, and are not stored.
-    m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)) % M
+{rows}    # Rows and columns past the end read others, and are not stored.
+    m = ({begin} + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)) % M
     n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)) % N
 """
 
-_TAIL = """    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+_TAIL = """{again}    rows = {begin} + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX_DTYPE)
     idx_m = rows[:, None]
     idx_n = columns[None, :]
-    mask = (idx_m < M) & (idx_n < N)
+    mask = (idx_m < {end}) & (idx_n < N)
 """
+# Of a GEMM of one weight, for both; of several: :mod:`.grouped`.
+_PLACE = {
+    "tiles_m": "(M + BLOCK_M - 1) // BLOCK_M",
+    "rows": "",
+    "again": "",
+    "begin": "pid_m * BLOCK_M",
+    "end": "M",
+}
 
 
 def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names: tuple[str, ...]) -> str:
@@ -64,7 +73,9 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     # Triton 3.7 takes no more than four scales a lane.
     form = replace(form, orders_blocks=form.orders_blocks and tile.k in (256, 512))
     a, b = activation(problem, form, has), weight(problem, form, strides, has, tile.n)
-    head = _HEAD.format(names=", ".join(f'"{name.upper()}"' for name in names), n=problem.n, k=problem.k)
+    place = grouped.place(problem, strides.experts) if problem.grouped else _PLACE
+    quoted = ", ".join(f'"{name.upper()}"' for name in names)
+    head = _HEAD.format(names=quoted, n=problem.n, k=problem.k, **place)
     if form.kind == "float":
         head += f"    DOT: tl.constexpr = {FLOATS[form.dot]}\n"
     if form.pieces > 1:
@@ -100,6 +111,8 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
         after.append(f"acc += {a.zero} * {b.zero} * ((last - first) * BLOCK_K)")
     after += ["acc = acc.to(tl.float32)"] * integers
     after += [f"acc = acc * {factor}" for factor in (*a.factors, *b.factors)]
+    if problem.grouped:
+        after += grouped.after(has)
     lines = [*before, "for step in range(first, last):", *(f"    {line}" for line in loop), *late, *after]
     if tile.parts > 1:
         at = lines.index("first = 0")
@@ -111,7 +124,7 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     body = "".join(f"    {line}\n" for line in lines)
     indices = '("part", "idx_m", "idx_n")' if tile.parts > 1 else '("idx_m", "idx_n")'
     store = f'    {{{{store_output({indices}, "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}}}\n'
-    return head + body + _TAIL + store + functions(body)
+    return head + body + _TAIL.format(**place) + store + functions(body)
 
 
 def _tiles(form: Form, tile: Tile, a: Operand, b: Operand) -> list[str]:

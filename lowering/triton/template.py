@@ -23,7 +23,7 @@ from quark_inductor.lowering._inductor import (
 )
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.target import Target
-from quark_inductor.lowering.triton import whole
+from quark_inductor.lowering.triton import grouped, whole
 from quark_inductor.lowering.triton.chips import CHIPS
 from quark_inductor.lowering.triton.forms import form_of
 from quark_inductor.lowering.triton.source import kernel
@@ -38,11 +38,14 @@ def _grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, Any, int]:
     return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), *(parts or [1]), 1
 
 
+_grid_of_experts = SymbolicGridFn(grouped.grid)
+
+
 @functools.cache
-def _template(op: str, source: str) -> Any:
+def _template(op: str, source: str, grid: Any) -> Any:
     # Inductor wants a name of its own for each source.
     name = f"quark_{op}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    return TritonTemplate(name=name, grid=_grid, source=source, cache_codegen_enabled_for_template=True)
+    return TritonTemplate(name=name, grid=grid, source=source, cache_codegen_enabled_for_template=True)
 
 
 def _add(acc: Any, bias: Any) -> Any:
@@ -53,17 +56,20 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     """Inductor IR of a fused op as a call of a kernel, or two where K is split."""
     chip = CHIPS[target.arch]
     tensors = {name: a for name, a in args.items() if a is not None and not isinstance(a, str | int)}
-    bias = tensors.pop("bias", None)
+    # Of an expert it is an argument of the kernel, else of what follows it.
+    bias = None if problem.grouped else tensors.pop("bias", None)
     integers = problem.weight_format in ("int8", "uint8")
     strided = ("weight_scale", "weight_zero_point", "weight") if integers else ()
     inputs = dict(zip(tensors, realized_inputs(tensors, strided), strict=True))
-    strides = _strides(inputs)
+    strides = _strides(inputs, problem.grouped)
     form = form_of(chip, problem)
     measures = bool(config.max_autotune or config.max_autotune_gemm)
+    if problem.grouped and problem.m is None:
+        measures = False  # nobody knows by which offsets
     tiles = tiles_for(chip, problem, form, most=measures)
     splits = tiles[0].parts > 1
     # A GEMM that quantizes is measured beside other ways, which give the result and no parts of it.
-    has_other_ways = measures and problem.op == "prologue_gemm"
+    has_other_ways = measures and problem.op == "prologue_gemm" and not problem.grouped
     if has_other_ways:
         tiles = [replace(tile, parts=1) for tile in tiles]
     size: list[Any] = [inputs["x"].get_size()[0], problem.n]
@@ -77,7 +83,8 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         epilogue = {"suffix_args": 1, "epilogue_fn": _add, "epilogue_fn_hash": "add"}
     choices: list[Any] = []
     for tile in tiles:
-        template = _template(problem.op, kernel(problem, form, tile, strides, tuple(inputs)))
+        source = kernel(problem, form, tile, strides, tuple(inputs))
+        template = _template(problem.op, source, _grid_of_experts if problem.grouped else _grid)
         constants = _constants(problem, tile)
         error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **constants, **epilogue)
         if error is not None:
@@ -85,7 +92,10 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
     if has_other_ways:
         names = [*inputs, *(["bias"] if len(nodes) > len(inputs) else [])]
         choices += whole.choices(target, problem, dict(zip(names, nodes, strict=True)), layout, splits)
-    y = select_choice(f"quark_{problem.op}", choices, nodes, layout)
+    made = None
+    if measures and problem.grouped:
+        made = {[*inputs].index("offsets"): lambda node: grouped.some_offsets(problem).to(device)}
+    y = select_choice(f"quark_{problem.op}", choices, nodes, layout, made)
     if parts == 1:
         return y
     total = sum_(y, [0])
@@ -95,6 +105,7 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
 def _constants(problem: GemmProblem, tile: Tile) -> dict[str, Any]:
     steps = problem.k // tile.k
     return {
+        **({"EXPERTS": problem.experts} if problem.grouped else {}),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
@@ -105,9 +116,9 @@ def _constants(problem: GemmProblem, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _strides(inputs: Mapping[str, Any]) -> Strides:
+def _strides(inputs: Mapping[str, Any], of_experts: bool) -> Strides:
     def of(name: str) -> tuple[int, ...]:
-        return tuple(int(step) for step in inputs[name].get_stride()) if name in inputs else ()
+        return tuple(int(step) for step in inputs[name].get_stride()[of_experts:]) if name in inputs else ()
 
     rows, columns = of("weight")
     return Strides(
@@ -115,4 +126,5 @@ def _strides(inputs: Mapping[str, Any]) -> Strides:
         columns=columns,
         scale=of("weight_scale"),
         zero_point=of("weight_zero_point"),
+        experts=grouped.steps_of(inputs) if of_experts else {},
     )

@@ -100,15 +100,16 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
     """
     few, many = _SIZES[_kind(form)][chip.name]
     crowded = _is_rescaled(problem, form) or _has_fp6(problem) or problem.zero_points
-    if problem.m is not None and problem.m <= FEW_TOKENS:
+    tokens = _tokens(problem)
+    if tokens is not None and tokens <= FEW_TOKENS:
         _, n, k, warps, stages = few
-        m = _rows(problem.m)
-        if problem.group_size > k or m > 32:
+        m = _rows(tokens)
+        if problem.group_size > k or m > 32 or (m > _LEAST_ROWS and crowded and problem.grouped):
             warps = 8
         if is_turned(problem) and form.pieces > 1 and m <= 32:
             n = max(n, form.pieces * _LEAST_CHANNELS)  # so many a piece
         tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps, stages=stages)
-        if m > 32 and crowded:
+        if crowded and (m > _LEAST_ROWS or problem.grouped):
             tile = replace(tile, n=min(n, _LEAST_CHANNELS), k=min(tile.k, 128))
         tile = _swapped(chip, tile)
         tile = replace(tile, parts=_parts(chip, problem, tile))
@@ -117,8 +118,11 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
         tile = Tile(m=m, n=n, k=_columns(problem, k), warps=warps, stages=stages)
         if crowded:
             tile = replace(tile, n=max(_LEAST_CHANNELS, n // 2), warps=8)
-        while problem.m is not None and _programs(problem, tile) < chip.processors and tile.n > _LEAST_CHANNELS:
+        while tokens is not None and _programs(problem, tile) < chip.processors and tile.n > _LEAST_CHANNELS:
             tile = replace(tile, n=tile.n // 2)
+    # Which rows are an expert's takes registers besides.
+    if problem.grouped and _has_fp6(problem) and tile.m > _LEAST_ROWS:
+        tile = replace(tile, k=min(tile.k, 64))
     if not most:
         return [tile]
     others = [replace(tile, stages=tile.stages - 1)]
@@ -145,6 +149,11 @@ def _kind(form: Form) -> str:
     return "fp4" if form.x_element == form.weight_element == "e2m1" else "mxfp8"
 
 
+def _tokens(problem: GemmProblem) -> int | None:
+    """How many tokens a weight has, in the mean where several share them; ``None``: not known."""
+    return problem.m if problem.m is None or not problem.grouped else -(-problem.m // problem.experts)
+
+
 def _rows(tokens: int) -> int:
     return max(_LEAST_ROWS, 1 << (tokens - 1).bit_length())
 
@@ -157,11 +166,14 @@ def _swapped(chip: Chip, tile: Tile) -> Tile:
 
 
 def _programs(problem: GemmProblem, tile: Tile) -> int:
-    return -(-(problem.m or 1) // tile.m) * -(-problem.n // tile.n)
+    weights = problem.experts if problem.grouped else 1
+    return weights * -(-(_tokens(problem) or 1) // tile.m) * -(-problem.n // tile.n)
 
 
 def _parts(chip: Chip, problem: GemmProblem, tile: Tile) -> int:
     """How many programs share a tile: enough for the chip, if each still has some steps."""
+    if problem.grouped:
+        return 1
     parts, steps = 1, problem.k // tile.k
     while 2 * parts * _programs(problem, tile) <= chip.processors and parts < _MOST_PARTS and steps >= 4 * parts:
         parts *= 2
@@ -191,9 +203,12 @@ def refuse(problem: GemmProblem) -> str | None:
     for columns, whose in ((problem.x_columns, "activation"), (problem.weight_columns, "weight")):
         if columns % _LEAST_COLUMNS:
             return f"{columns} columns share a scale of the {whose}; expected a multiple of {_LEAST_COLUMNS}"
-    if problem.op == "prologue_gemm" and (problem.m is None or problem.m > prologue_tokens(problem)):
-        known = "not known" if problem.m is None else problem.m
-        return f"quantizes up to {prologue_tokens(problem)} tokens in the GEMM, M is {known}"
+    tokens, most = _tokens(problem), prologue_tokens(problem)
+    if problem.op == "prologue_gemm" and (tokens is None or tokens > most):
+        known = "not known" if tokens is None else tokens
+        if problem.grouped:
+            return f"quantizes up to {most} tokens an expert in the GEMM, their mean is {known}"
+        return f"quantizes up to {most} tokens in the GEMM, M is {known}"
     group = problem.group_size
     if group and (group & (group - 1) or group > _MOST_COLUMNS or problem.weight_columns % group):
         return (

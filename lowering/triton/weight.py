@@ -1,6 +1,7 @@
 """The tile of a weight."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.forms import Form, is_turned
@@ -21,19 +22,21 @@ from quark_inductor.schemes.operands import fp8_weight
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strides:
-    """How a weight lies in memory.
+    """How a weight lies in memory, and what else there is of each expert.
 
     Attributes:
         rows: entries between two rows of its codes.
         columns: entries between two codes of a row.
         scale: entries between two scales of an integer weight's channels, and of its groups.
         zero_point: the same of its zero points.
+        experts: entries between those of two experts, of each tensor that has some, by its name.
     """
 
     rows: int
     columns: int = 1
     scale: tuple[int, ...] = ()
     zero_point: tuple[int, ...] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
 
 
 def weight(problem: GemmProblem, form: Form, strides: Strides, has: frozenset[str], channels: int) -> Operand:

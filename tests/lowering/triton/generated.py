@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.runtime.hints import DeviceProperties, ReductionHint, TileHint
+from torch._inductor.runtime.hints import AutotuneHint, DeviceProperties, ReductionHint, TileHint
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -58,7 +58,8 @@ def kernels(code: str) -> list[Kernel]:
     for name, text in _KERNEL.findall(code):
         decorator = _DECORATOR.search(text)
         assert decorator is not None
-        names = {"DeviceProperties": DeviceProperties, "ReductionHint": ReductionHint, "TileHint": TileHint}
+        kinds = AutotuneHint, DeviceProperties, ReductionHint, TileHint
+        names: dict[str, Any] = {kind.__name__: kind for kind in kinds}
         names["__file__"] = name
         options = eval(f"dict({decorator[2]})", names)
         meta = options["triton_meta"]
@@ -110,6 +111,7 @@ def call(code: str, inputs: Sequence[Tensor], run_kernel: Run) -> list[Tensor]:
             triton=lambda name, *args, **kwargs: _Launcher(by_name[name], run_kernel), wait=lambda names: None
         ),
         "torch": SimpleNamespace(cuda=guard, ops=torch.ops, **_dtypes()),
+        "aten": torch.ops.aten,
         "assert_size_stride": lambda *args: None,
         "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
         "reinterpret_tensor": torch.as_strided,

@@ -288,6 +288,8 @@ PROBLEM = GemmProblem(
         (GFX950, {"m": None}, "quantizes up to 16 tokens in the GEMM, M is not known"),
         (GFX950, {"x_format": "fp8_e4m3", "scale_rule": "given", "m": 65}, "quantizes up to 64 tokens .*"),
         (GFX950, {"weight_format": "fp8_e4m3fnuz"}, "the chip has no FP8 of the kind fnuz"),
+        (GFX950, {"experts": 4, "grouped": True, "m": 65}, "quantizes up to 16 tokens an expert .*, their mean is 17"),
+        (GFX950, {"experts": 4, "grouped": True, "m": None}, "quantizes up to 16 tokens an expert .* is not known"),
         (GFX950, {"k": 40}, "K = 40 is not a multiple of 16"),
         (
             GFX950,
@@ -304,6 +306,7 @@ def test_refusals(target: Target, changes: dict[str, Any], reason: str) -> None:
 
     provider = triton.Triton()
     assert provider.can_run(GFX950, PROBLEM) is None
+    assert provider.can_run(GFX950, dataclasses.replace(PROBLEM, experts=4, grouped=True, m=64)) is None
     answer = provider.can_run(target, dataclasses.replace(PROBLEM, **changes))
     assert answer is not None
     assert re.fullmatch(reason, answer.reason)

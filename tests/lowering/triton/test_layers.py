@@ -5,6 +5,7 @@ The rules run as they would there: what the GEMM quantizes and what its producer
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ from quark_inductor.patterns._inductor import graphs_not_cached
 from quark_inductor.patterns.late_decomposition import late_decomposition
 from quark_inductor.patterns.pipeline import collect_results
 from quark_inductor.schemes.base import QuarkLinear
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 class Layer(nn.Module):
@@ -125,6 +128,17 @@ def test_a_library_gets_many_tokens(monkeypatch: pytest.MonkeyPatch, fake_gpu: M
         assert ("extern_kernels._scaled_mm" in kernels(code)) == (provider == "scaled_mm")
 
 
+def in_interpreter(interpreter: Any) -> Callable[..., None]:
+    """What ``generated.call`` runs kernels by."""
+
+    def run_kernel(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+        for name, tensor in interpreter.run(kernel.interpreted, kernel.name, arguments, grid).items():
+            if name.startswith(("out_ptr", "in_out_ptr", "arg_CODES")):
+                arguments[name].copy_(tensor)
+
+    return run_kernel
+
+
 @pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "ptpc_fp8", "int8", "uint4_wo_128", "mxfp8"])
 @pytest.mark.parametrize(("arch", "tokens"), [("gfx950", 3), ("gfx942", 70), ("sm_90", 70), ("sm_100", 3)])
 def test_the_emulations_numbers(
@@ -141,17 +155,78 @@ def test_the_emulations_numbers(
     x, residual = torch.randn(tokens, 256).bfloat16(), torch.randn(tokens, 96).bfloat16()
     expected = layer(x, residual)
 
-    def run_kernel(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-        for name, tensor in interpreter.run(kernel.interpreted, kernel.name, arguments, grid).items():
-            if name.startswith(("out_ptr", "in_out_ptr", "arg_CODES")):
-                arguments[name].copy_(tensor)
-
     options = {"emulate_precision_casts": True}
     done = Lowered(layer, (x, residual), arch, monkeypatch, **options, **{"quark.provider": "triton"})
     with forcing("triton"):
         code = fake_gpu.gpu_code(done.graph, arch, **options)
     assert [linear.provider for linear in done.result.linears] == ["triton"]
-    (y,) = generated.call(code, done.inputs, run_kernel)
+    (y,) = generated.call(code, done.inputs, in_interpreter(interpreter))
     # What rounding the product to bfloat16 once more or less leaves of a sum of 256.
+    error = (y.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 2.0**-8, float(error)
+
+
+class Experts(nn.Module):
+    """The experts of a fixture's first layer, as they are on a GPU, with the routing that the fixture has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.experts = qi.load(FIXTURES / name).get_submodule("model.layers.0.mlp.experts")
+        self.experts.ungroup_()
+        for part in self.modules():
+            if isinstance(part, QuarkLinear):
+                part.unpack_()
+        self.experts.group_()
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = self.experts(x, index, weights)
+        return y
+
+
+# As many rows that an expert's GEMM quantizes its own, and more.
+FEW, MANY = 3, 70
+EXPERTS_BY_DEFAULT = {
+    ("moe_gpt_oss_mxfp4", "gfx950", FEW),
+    ("moe_qwen3_mxfp4", "sm_90", MANY),
+    ("moe_qwen3_nvfp4", "sm_100", FEW),
+    ("moe_mixtral_ptpc_fp8", "gfx942", MANY),
+    ("moe_qwen3_uint4_wo_32", "sm_120", MANY),
+}
+
+
+def of_experts() -> list[Any]:
+    names = sorted(path.name for path in FIXTURES.glob("moe_*"))
+    assert {name for name, _, _ in EXPERTS_BY_DEFAULT} <= set(names)
+    archs = ("gfx942", "gfx950", "sm_90", "sm_100", "sm_120")
+    cases = [(name, arch, tokens) for name in names for arch in archs for tokens in (FEW, MANY)]
+    return [pytest.param(*c, marks=[] if c in EXPERTS_BY_DEFAULT else [pytest.mark.fuzz]) for c in cases]
+
+
+@pytest.mark.parametrize(("name", "arch", "tokens"), of_experts())
+def test_experts(
+    monkeypatch: pytest.MonkeyPatch,
+    interpreter: Any,
+    generated: ModuleType,
+    fake_gpu: ModuleType,
+    name: str,
+    arch: str,
+    tokens: int,
+) -> None:
+    """Both projections are one GEMM of all experts, which nobody who knows the routing calls; numbers are eager's."""
+    layer = Experts(name)
+    generator = torch.Generator().manual_seed(tokens)
+    count, hidden = layer.experts.count, layer.experts.experts[0].down.out_features
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    weights, index = torch.rand(tokens, count, generator=generator).bfloat16().topk(2)
+    index[index == 1] = count  # one is not hit, and some rows are nobody's
+    expected = layer(x, index, weights)
+    options = {"emulate_precision_casts": True}
+    done = Lowered(layer, (x, index, weights), arch, monkeypatch, **options, **{"quark.provider": "triton"})
+    with forcing("triton"):
+        code = fake_gpu.gpu_code(done.graph, arch, **options)
+    found = [(linear.provider, linear.problem.grouped, linear.partly) for linear in done.result.linears]
+    assert found == [("triton", True, False)] * 2
+    assert kernels(code).count("gemm") == 2
+    (y,) = generated.call(code, done.inputs, in_interpreter(interpreter))
     error = (y.float() - expected.float()).norm() / expected.float().norm()
     assert error < 2.0**-8, float(error)

@@ -86,7 +86,7 @@ def test_what_is_measured_on_a_gpu(generated: ModuleType, fake_gpu: ModuleType) 
     def gemm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
         return (q.prologue_gemm(x, None, None, None, weight, scale, None, None, bias, "mxfp4", "even", 0, "mxfp4"),)
 
-    def first(name: str, choices: list[Any], inputs: Any, layout: Any) -> Any:
+    def first(name: str, choices: list[Any], inputs: Any, layout: Any, made: Any) -> Any:
         seen.append([choice.name for choice in choices])
         return select_choice(name, choices[:1], inputs, layout)
 

@@ -149,30 +149,35 @@ def weight_tensors(case: Case, fp8: torch.dtype) -> tuple[Tensor | None, ...]:
     return torch.empty(N, K // 8, dtype=torch.int32), scale, None, torch.empty(N // 8, dtype=torch.int32)
 
 
-def call(case: Case, m: int, arch: str) -> tuple[Callable[..., Any], list[Tensor]]:
+def call(case: Case, m: int, arch: str, experts: int = 0) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function that calls the op, and its tensors. With few tokens it quantizes in its prologue."""
+    tokens = m // (experts or 1)
     fnuz = arch == "gfx942" and case.weight.startswith("fp8")
     fp8 = torch.float8_e4m3fnuz if fnuz else FP8
     names = [name.replace("fp8_e4m3", "fp8_e4m3fnuz") if fnuz else name for name in (case.x, case.weight)]
     by_weight = (*weight_tensors(case, fp8), None)
+    if experts:
+        held = [None if t is None else torch.empty((experts, *t.shape), dtype=t.dtype) for t in by_weight]
+        by_weight = (*held[:-1], torch.empty(experts, N, dtype=torch.bfloat16))
+    offsets = torch.empty(experts, dtype=torch.int32) if experts else None
     x: tuple[Tensor | None, ...]
     if case.x == "":
         x = (torch.empty(m, K, dtype=torch.bfloat16),)
-        return _of(lambda *t: q.weight_only_gemm(*t, names[1]), (*x, *by_weight))
+        return _of(lambda *t: q.weight_only_gemm(*t[:-1], names[1], offsets=t[-1]), (*x, *by_weight, offsets))
     zero_point = torch.empty((), dtype=torch.int8) if case.zero_points else None
-    if m <= (64 if case.rule == "given" else 16):
+    if tokens <= (64 if case.rule == "given" else 16):
         scale = torch.empty((), dtype=torch.bfloat16) if case.rule == "given" else None
         second = torch.empty(()) if case.x == "nvfp4" else None
         x = torch.empty(m, K, dtype=torch.bfloat16), scale, second, zero_point
         rest = (names[0], case.rule, case.group, names[1])
-        return _of(lambda *t: q.prologue_gemm(*t, *rest), (*x, *by_weight))
+        return _of(lambda *t: q.prologue_gemm(*t[:-1], *rest, offsets=t[-1]), (*x, *by_weight, offsets))
     if case.x in ("fp8_e4m3", "int8"):
         groups = (m, K // case.group) if case.group else () if case.rule == "given" else (m, 1)
         codes = torch.empty(m, K, dtype=fp8 if case.x == "fp8_e4m3" else torch.int8)
         x = codes, torch.empty(groups, dtype=torch.bfloat16), None, zero_point
     else:
         x = *block_tensors(case.x, m), None
-    return _of(lambda *t: q.quantized_gemm(*t, *names, "bfloat16"), (*x, *by_weight))
+    return _of(lambda *t: q.quantized_gemm(*t[:-1], *names, "bfloat16", offsets=t[-1]), (*x, *by_weight, offsets))
 
 
 def _of(op: Callable[..., Any], arguments: tuple[Tensor | None, ...]) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -185,9 +190,17 @@ def _of(op: Callable[..., Any], arguments: tuple[Tensor | None, ...]) -> tuple[C
     return function, [a for a in arguments if a is not None]
 
 
-def jobs(name: str, m: int, arch: str, generated: ModuleType, fake_gpu: ModuleType, offline_module: Any) -> list[Any]:
+def jobs(
+    name: str,
+    m: int,
+    arch: str,
+    generated: ModuleType,
+    fake_gpu: ModuleType,
+    offline_module: Any,
+    experts: int = 0,
+) -> list[Any]:
     """What the offline compiler gets: the GEMMs that Inductor generates."""
-    function, tensors = call(CASES[name], m, arch)
+    function, tensors = call(CASES[name], m, arch, experts)
     graph = generated.graph_of(function, *tensors).graph
     with forcing("triton"):
         code = fake_gpu.gpu_code(graph, arch)
@@ -272,9 +285,15 @@ def test_machine_code(
     arch: str,
     m: int,
 ) -> None:
-    chip = offline_module.TARGETS[arch]
     names = [name for name in CASES if has_kernel(name, m, arch)]
     all_jobs = [jobs(name, m, arch, generated, fake_gpu, offline_module) for name in names]
+    check_machine_code(offline, offline_module, golden, arch, f"M={m}", names, all_jobs)
+
+
+def check_machine_code(
+    offline: Any, offline_module: Any, golden: Golden, arch: str, size: str, names: list[str], all_jobs: list[list[Any]]
+) -> None:
+    chip = offline_module.TARGETS[arch]
     assert [len(found) for found in all_jobs] == [1] * len(names)
     wrong = []
     for name, result in zip(names, offline.compile([found[0] for found in all_jobs]), strict=True):
@@ -288,10 +307,41 @@ def test_machine_code(
             wrong.append(f"{name}: multiplies by {result.mma}, expected {expected}")
             continue
         try:
-            golden.check(f"{arch} {name} M={m}", result)
+            golden.check(f"{arch} {name} {size}", result)
         except AssertionError as error:
             wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
+
+
+EXPERTS = 8
+# One of each way to multiply, and to read a weight: with few tokens or with many, the other on the next chip.
+GROUPED = ("mxfp4", "mxfp4_weight_only", "fp8", "nvfp4", "ptpc_int8", "int4_wo_per_channel")
+
+
+def grouped_parameters() -> Iterator[Any]:
+    """Two tokens an expert in the mean, more that are still few, and many."""
+    for i, arch in enumerate((*MAIN, *OTHERS)):
+        for m in (16, 256, 4096):
+            main = GROUPED[(i + (m == 4096)) % 2 :: 2] if arch in MAIN and m != 256 else ()
+            if main:
+                yield pytest.param(arch, m, main, id=f"{arch}-{m}")
+            others = [name for name in CASES if name not in main and has_kernel(name, m, arch)]
+            yield pytest.param(arch, m, others, id=f"{arch}-{m}-others", marks=pytest.mark.fuzz)
+
+
+@pytest.mark.parametrize(("arch", "m", "names"), list(grouped_parameters()))
+def test_machine_code_of_experts(
+    offline: Any,
+    offline_module: Any,
+    generated: ModuleType,
+    fake_gpu: ModuleType,
+    golden: Golden,
+    arch: str,
+    m: int,
+    names: list[str],
+) -> None:
+    all_jobs = [jobs(name, m, arch, generated, fake_gpu, offline_module, EXPERTS) for name in names]
+    check_machine_code(offline, offline_module, golden, arch, f"E={EXPERTS} M={m}", names, all_jobs)
 
 
 @pytest.mark.fuzz

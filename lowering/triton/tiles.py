@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from quark_inductor.lowering.base import GemmProblem
 from quark_inductor.lowering.triton.chips import Chip
 from quark_inductor.lowering.triton.forms import Form, is_turned
+from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 
 # Columns of the smallest tile: what a matrix instruction takes of bfloat16.
 _LEAST_COLUMNS = 16
@@ -196,6 +197,12 @@ def prologue_tokens(problem: GemmProblem) -> int:
     return 64 if problem.scale_rule == "given" else 16
 
 
+def _may_differ(problem: GemmProblem) -> bool:
+    """Whether experts may quantize by scales of their own: then nobody can before the GEMM."""
+    x = BLOCK_FORMATS.get(problem.x_format)
+    return problem.grouped and (problem.scale_rule == "given" or (x is not None and x.has_global_scale))
+
+
 def refuse(problem: GemmProblem) -> str | None:
     """``None`` if there is a tile whose columns share each scale, else why not."""
     if problem.k % _LEAST_COLUMNS:
@@ -204,7 +211,7 @@ def refuse(problem: GemmProblem) -> str | None:
         if columns % _LEAST_COLUMNS:
             return f"{columns} columns share a scale of the {whose}; expected a multiple of {_LEAST_COLUMNS}"
     tokens, most = _tokens(problem), prologue_tokens(problem)
-    if problem.op == "prologue_gemm" and (tokens is None or tokens > most):
+    if problem.op == "prologue_gemm" and not _may_differ(problem) and (tokens is None or tokens > most):
         known = "not known" if tokens is None else tokens
         if problem.grouped:
             return f"quantizes up to {most} tokens an expert in the GEMM, their mean is {known}"

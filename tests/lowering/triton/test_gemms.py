@@ -307,6 +307,8 @@ def test_refusals(target: Target, changes: dict[str, Any], reason: str) -> None:
     provider = triton.Triton()
     assert provider.can_run(GFX950, PROBLEM) is None
     assert provider.can_run(GFX950, dataclasses.replace(PROBLEM, experts=4, grouped=True, m=64)) is None
+    of_each = dataclasses.replace(PROBLEM, experts=4, grouped=True, m=None, x_format="nvfp4", weight_format="nvfp4")
+    assert provider.can_run(GFX950, of_each) is None
     answer = provider.can_run(target, dataclasses.replace(PROBLEM, **changes))
     assert answer is not None
     assert re.fullmatch(reason, answer.reason)

@@ -188,7 +188,7 @@ FEW, MANY = 3, 70
 EXPERTS_BY_DEFAULT = {
     ("moe_gpt_oss_mxfp4", "gfx950", FEW),
     ("moe_qwen3_mxfp4", "sm_90", MANY),
-    ("moe_qwen3_nvfp4", "sm_100", FEW),
+    ("moe_qwen3_nvfp4", "sm_100", MANY),
     ("moe_mixtral_ptpc_fp8", "gfx942", MANY),
     ("moe_qwen3_uint4_wo_32", "sm_120", MANY),
 }

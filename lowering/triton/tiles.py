@@ -102,6 +102,8 @@ def tiles_for(chip: Chip, problem: GemmProblem, form: Form, most: bool = False) 
     few, many = _SIZES[_kind(form)][chip.name]
     crowded = _is_rescaled(problem, form) or _has_fp6(problem) or problem.zero_points
     tokens = _tokens(problem)
+    if _may_differ(problem) and problem.op == "prologue_gemm" and (tokens or math.inf) > prologue_tokens(problem):
+        tokens = _LEAST_ROWS  # higher tiles that quantize spill, or do not fit
     if tokens is not None and tokens <= FEW_TOKENS:
         _, n, k, warps, stages = few
         m = _rows(tokens)

@@ -85,8 +85,8 @@ def kernel(problem: GemmProblem, form: Form, tile: Tile, strides: Strides, names
     loop = ["k = step * BLOCK_K", *_tiles(form, tile, a, b), *_product(problem, form, a, b, tile.swapped)]
     before, late = [*a.before, *b.before], list[str]()
     if many and form.kind != "float" and not problem.grouped:
-        # With few tokens waiting for them would take longer than it is worth. Elsewhere the loop becomes longer, and what
-        # a grouped GEMM knows of its rows is held over it as well.
+        # With few tokens waiting for them would take longer than it is worth. Elsewhere the loop becomes longer, and
+        # what a grouped GEMM knows of its rows is held over it as well.
         before, late = _late(before, loop)
     before += [f"acc = tl.zeros({shape}, dtype={'tl.int32' if integers else 'tl.float32'})"]
     sums_b, sums_a = integers and bool(a.zero), integers and bool(b.zero)

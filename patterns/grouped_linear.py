@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from quark_inductor.patterns._inductor import remove_noop_ops, statically_known_true
+from quark_inductor.patterns._inductor import detect_fake_mode, remove_noop_ops, statically_known_true
 from quark_inductor.patterns.base import (
     History,
     PassResult,
@@ -27,6 +27,8 @@ from quark_inductor.schemes.base import linear
 
 NAME = "grouped_linear"
 _op = torch.ops.quark_inductor.grouped_linear.default
+aten, prims = torch.ops.aten, torch.ops.prims
+_REDUCTIONS = (aten.amax.default, aten.amin.default)
 
 
 def grouped_linear(graph: Graph, history: History) -> PassResult:
@@ -87,6 +89,7 @@ class _OfOne:
         """Put the last step that can be taken for all experts in the place of a ``grouped_linear``."""
         x, offsets, tensors, _ = node.args
         copies: dict[Node, Any] = {self.x: x}
+        self._by_expert = set[Node]()
         stacked = dict(zip(self.tensors, tensors, strict=True))  # type: ignore[arg-type]
         before, rules = node, list[str]()
         for step, rule in self.steps:
@@ -116,12 +119,21 @@ class _OfOne:
     def _copied(self, inner: Node, node: Node, copies: dict[Node, Any]) -> Any:
         if inner not in copies:
             inputs = [self._copied(n, node, copies) for n in inner.all_input_nodes]
-            if inner.op != "call_function" or any(n is _OF_EACH for n in inputs) or self._mixes_rows(inner):
+            of_expert = any(n in self._by_expert for n in inputs)
+            if inner.op != "call_function" or any(n is _OF_EACH for n in inputs):
+                copies[inner] = _OF_EACH
+            elif inner.target in _REDUCTIONS and self._mixes_rows(inner) and value(inner).ndim == 0:
+                copies[inner] = _of_experts(inner.target, inputs[0], node)
+                self._by_expert.add(copies[inner])
+            elif of_expert and value(inner).ndim == 0:  # computed from such numbers, one by one
+                args = [copies[a] if isinstance(a, Node) else a for a in inner.args]
+                copies[inner] = _computed(node, inner.target, *args)
+                self._by_expert.add(copies[inner])
+            elif of_expert or self._mixes_rows(inner):
                 copies[inner] = _OF_EACH
             else:
                 copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
-                about = {n: v for n, v in node.meta.items() if n not in ("val", "tensor_meta", "eager_input_vals")}
-                copies[inner].meta.update(about)
+                copies[inner].meta.update(_about(node))
         return copies[inner]
 
     def _mixes_rows(self, inner: Node) -> bool:
@@ -131,6 +143,38 @@ class _OfOne:
         return bool(inner.all_input_nodes) and not all(
             t.ndim > 0 and statically_known_true(t.shape[0] == rows) for t in tensors
         )
+
+
+def _about(node: Node) -> dict[str, Any]:
+    """Which module and line a node comes from, without what is about its own arguments and result."""
+    return {n: v for n, v in node.meta.items() if n not in ("val", "tensor_meta", "eager_input_vals")}
+
+
+def _computed(node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A call, for the module that ``node`` comes from."""
+    new = node.graph.call_function(target, args, kwargs)
+    values = [value(a) if isinstance(a, Node) else a for a in args]
+    mode = detect_fake_mode([value(node)])
+    assert mode is not None, "a graph that is compiled holds fake tensors"
+    with mode:  # what it creates is fake, too
+        new.meta = {**_about(node), "val": target(*values, **kwargs)}
+    return new
+
+
+def _of_experts(reduction: Any, x: Node, node: Node) -> Node:
+    """The extremes ``[E]`` of each expert's rows of ``x [S, K]``; of none an infinity, which nobody reads."""
+    offsets = node.args[1]
+    assert isinstance(offsets, Node)
+    count, val, least = int(value(offsets).shape[0]), value(x), reduction is aten.amin.default
+    size = val.shape[0] if isinstance(val.shape[0], int) else _computed(node, aten.sym_size.int, x, 0)
+    created = {"dtype": torch.int64, "device": val.device}
+    row = _computed(node, prims.iota.default, size, start=0, step=1, requires_grad=False, **created)
+    expert = _computed(node, aten.searchsorted.Tensor, offsets, row, right=True)
+    created = {"dtype": val.dtype, "device": val.device, "pin_memory": False}
+    none = _computed(node, aten.full.default, [count + 1], torch.inf if least else -torch.inf, **created)
+    of_rows = _computed(node, reduction, x, [-1])
+    found = _computed(node, aten.scatter_reduce.two, none, 0, expert, of_rows, "amin" if least else "amax")
+    return _computed(node, aten.slice.Tensor, found, 0, 0, count)
 
 
 _OF_EACH = object()  # in the place of what is computed from tensors or rows of one expert

@@ -106,7 +106,7 @@ def test_packing_takes_little_beside_the_packed_weights(tmp_path: Path, python: 
     assert peak < 1.1 * packed + 3 * largest
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", "ptpc_fp8"])
+@pytest.mark.parametrize("scheme", ["mxfp4", pytest.param("ptpc_fp8", marks=pytest.mark.fuzz)])
 def test_experts_are_never_held_twice(scheme: str, tmp_path: Path, python: Callable[..., str]) -> None:
     """The files and a fifth: experts of a layer are grouped one by one, each freed where it was before."""
     python(MAKE_EXPERTS, tmp_path / "model", "4", scheme)

@@ -145,7 +145,14 @@ def check_any_number_of_rows(model: Experts, rows: Sequence[int]) -> str:
 ROWS = (37, 2, 9, 300, 33)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 24))])
+def of_parts(first: int) -> list[Any]:
+    """One part by default, every sixth among what is slow, the others among what takes long."""
+    others = (i for i in range(24) if i != first)
+    slow, fuzz = pytest.mark.slow, pytest.mark.fuzz
+    return [first, *(pytest.param(i, marks=slow if i % 6 == first % 6 else fuzz) for i in others)]
+
+
+@pytest.mark.parametrize("part", of_parts(0))
 def test_packed(oracle: ModuleType, gemms: ModuleType, pairs: Any, part: int) -> None:
     """Every pair, a twenty-fourth of them at a time."""
     model = Experts(gemms, oracle, list(pairs)[part::24], packed=True)
@@ -153,7 +160,7 @@ def test_packed(oracle: ModuleType, gemms: ModuleType, pairs: Any, part: int) ->
     assert code.count("is_expert = e <") == len(model.pairs)
 
 
-@pytest.mark.parametrize("part", [3, *(pytest.param(i, marks=pytest.mark.slow) for i in range(24) if i != 3)])
+@pytest.mark.parametrize("part", of_parts(3))
 def test_as_stored(oracle: ModuleType, gemms: ModuleType, pairs: Any, part: int) -> None:
     model = Experts(gemms, oracle, list(pairs)[part::24], packed=False)
     code = check_any_number_of_rows(model, ROWS)

@@ -314,7 +314,7 @@ def check_machine_code(
 
 
 EXPERTS = 8
-# One of each way to multiply, and to read a weight: with few tokens or with many, the other on the next chip.
+# One of each way to multiply, and to read a weight, of which a chip has half, with few tokens or with many.
 GROUPED = ("mxfp4", "mxfp4_weight_only", "fp8", "nvfp4", "ptpc_int8", "int4_wo_per_channel")
 
 
@@ -322,7 +322,7 @@ def grouped_parameters() -> Iterator[Any]:
     """Two tokens an expert in the mean, more that are still few, and many."""
     for i, arch in enumerate((*MAIN, *OTHERS)):
         for m in (16, 256, 4096):
-            main = GROUPED[(i + (m == 4096)) % 2 :: 2] if arch in MAIN and m != 256 else ()
+            main = GROUPED[i // 2 % 2 :: 2] if arch in MAIN and m == (16, 4096)[i % 2] else ()
             if main:
                 yield pytest.param(arch, m, main, id=f"{arch}-{m}")
             others = [name for name in CASES if name not in main and has_kernel(name, m, arch)]

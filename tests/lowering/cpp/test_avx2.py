@@ -26,7 +26,10 @@ class All(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [(torch.float32, {}), (torch.bfloat16, {"emulate_precision_casts": True})],
+    [
+        (torch.float32, {}),
+        pytest.param(torch.bfloat16, {"emulate_precision_casts": True}, marks=pytest.mark.fuzz),
+    ],
     ids=["float32", "bfloat16, rounded"],
 )
 def test_every_scheme(specs: Any, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

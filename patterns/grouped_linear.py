@@ -21,7 +21,7 @@ from quark_inductor.patterns.base import (
 )
 from quark_inductor.patterns.canonicalize import hoist_views
 from quark_inductor.patterns.cse import cse
-from quark_inductor.patterns.late_decomposition import PlainGraphs
+from quark_inductor.patterns.late_decomposition import PlainGraphs, about
 from quark_inductor.schemes import experts  # noqa: F401  its op
 from quark_inductor.schemes.base import linear
 
@@ -122,7 +122,7 @@ class _OfOne:
             of_expert = any(n in self._by_expert for n in inputs)
             if inner.op != "call_function" or any(n is _OF_EACH for n in inputs):
                 copies[inner] = _OF_EACH
-            elif inner.target in _REDUCTIONS and self._mixes_rows(inner) and value(inner).ndim == 0:
+            elif inner.target in _REDUCTIONS and value(inner).ndim == 0:
                 copies[inner] = _of_experts(inner.target, inputs[0], node)
                 self._by_expert.add(copies[inner])
             elif of_expert and value(inner).ndim == 0:  # computed from such numbers, one by one
@@ -133,7 +133,7 @@ class _OfOne:
                 copies[inner] = _OF_EACH
             else:
                 copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
-                copies[inner].meta.update(_about(node))
+                copies[inner].meta.update(about(node))
         return copies[inner]
 
     def _mixes_rows(self, inner: Node) -> bool:
@@ -145,11 +145,6 @@ class _OfOne:
         )
 
 
-def _about(node: Node) -> dict[str, Any]:
-    """Which module and line a node comes from, without what is about its own arguments and result."""
-    return {n: v for n, v in node.meta.items() if n not in ("val", "tensor_meta", "eager_input_vals")}
-
-
 def _computed(node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A call, for the module that ``node`` comes from."""
     new = node.graph.call_function(target, args, kwargs)
@@ -157,7 +152,7 @@ def _computed(node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     mode = detect_fake_mode([value(node)])
     assert mode is not None, "a graph that is compiled holds fake tensors"
     with mode:  # what it creates is fake, too
-        new.meta = {**_about(node), "val": target(*values, **kwargs)}
+        new.meta = {**about(node), "val": target(*values, **kwargs)}
     return new
 
 

@@ -82,16 +82,19 @@ def _plain_call(node: Node) -> Callable[..., Any]:
     return call
 
 
+def about(node: Node) -> dict[str, Any]:
+    """Which module and line a node comes from, without what is about its own arguments and result."""
+    return {name: v for name, v in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
+
+
 def replace_by(node: Node, plain: Graph, tensors: Sequence[Node]) -> None:
     """Put a traced graph, called with these tensors, in the place of a node."""
     copies: dict[Node, Node] = dict(zip(plain.find_nodes(op="placeholder"), tensors, strict=True))
-    # Which module and line it comes from; what is about its own arguments and result stays with it.
-    about = {name: v for name, v in node.meta.items() if name not in ("val", "tensor_meta", "eager_input_vals")}
     with node.graph.inserting_before(node):
         result: Any = node.graph.graph_copy(plain, copies)
     for inner, copy in copies.items():
         if inner.op == "call_function":
-            copy.meta.update(about)
+            copy.meta.update(about(node))
     if isinstance(result, Node):
         node.replace_all_uses_with(result)
     else:

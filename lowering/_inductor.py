@@ -1,6 +1,7 @@
 """Every private Inductor name the lowerings use, and what differs between torch 2.11 and 2.13. Imported lazily."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -8,7 +9,7 @@ from unittest.mock import patch
 import torch._inductor.lowering  # noqa: F401  isort: skip
 
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor import config, ir
 from torch._inductor.codegen import cpp
 from torch._inductor.codegen.cpp import get_export_declaration
@@ -70,9 +71,15 @@ __all__ = [
     "subgraph_choice",
     "sum_",
     "sympy_index_symbol",
+    "timed",
     "to_dtype",
     "view",
 ]
+
+
+def timed(name: str) -> AbstractContextManager[Any]:
+    """What torch's own records of a compilation show under a name of ours. Costs some 20 microseconds."""
+    return dynamo_timed(f"quark.{name}")
 
 
 def realized_inputs(nodes: Mapping[str, Any], strided: Sequence[str] = ()) -> list[Any]:

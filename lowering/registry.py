@@ -9,7 +9,7 @@ import torch
 
 from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering import target as targets
-from quark_inductor.lowering._inductor import called, config, counters, register_lowering, static_size
+from quark_inductor.lowering._inductor import called, config, counters, register_lowering, static_size, timed
 from quark_inductor.lowering.base import gemm_problem, select
 from quark_inductor.lowering.quantize import PROVIDER as QUANTIZER
 from quark_inductor.lowering.quantize import quantizes
@@ -44,7 +44,8 @@ def _register_quantize() -> None:
         from quark_inductor.lowering.triton.quantize_template import lower
 
         counters["inductor"][count_key("block_quantize", QUANTIZER)] += 1
-        return lower(x, format, scale_rule, global_scale)
+        with timed(f"lower.{QUANTIZER}"):
+            return lower(x, format, scale_rule, global_scale)
 
     register_lowering(torch.ops.quark_inductor.block_quantize.default, type_promotion_kind=None)(lowering)
 
@@ -74,7 +75,8 @@ def _register(fused: Callable[..., Any]) -> None:
                 "Call the scheme's emulation instead"
             )
         counters["inductor"][count_key(op, selection.provider.name)] += 1
-        return selection.provider.lower(target, problem, bound)
+        with timed(f"lower.{selection.provider.name}"):
+            return selection.provider.lower(target, problem, bound)
 
     register_lowering(getattr(torch.ops.quark_inductor, op).default, type_promotion_kind=None)(lowering)
 

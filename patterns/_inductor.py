@@ -4,17 +4,24 @@ import contextlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._dynamo.utils import counters, dynamo_timed
+from torch._dynamo import utils as dynamo_utils
+from torch._dynamo.utils import counters, dynamo_timed, get_chromium_event_logger
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
 from torch._guards import detect_fake_mode
-from torch._inductor import config, cpp_builder, custom_graph_pass, list_mode_options
+from torch._inductor import async_compile, config, cpp_builder, custom_graph_pass, list_mode_options
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.post_grad import remove_noop_ops
@@ -31,6 +38,7 @@ from torch._inductor.pattern_matcher import (
     fwd_only,
     fx_to_pattern,
 )
+from torch._inductor.utils import clear_caches, fresh_cache
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -40,6 +48,7 @@ from quark_inductor.schemes.ops import NAMESPACE
 
 __all__ = [
     "CallFunction",
+    "CompileEvent",
     "CustomGraphPass",
     "Ignored",
     "KeywordArg",
@@ -48,11 +57,15 @@ __all__ = [
     "Sizes",
     "atomic_builds",
     "attempt",
+    "clear_caches",
+    "compile_events",
     "compile_fx",
+    "compiled_frames",
     "config",
     "counters",
     "detect_fake_mode",
     "dynamo_timed",
+    "fresh_cache",
     "fwd_only",
     "graphs_not_cached",
     "list_mode_options",
@@ -175,6 +188,110 @@ def atomic_builds() -> Iterator[None]:
 
     with patch.object(cpp_builder, "run_compile_cmd", run_compile_cmd):
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class CompileEvent:
+    """Something that happened while compiling, as torch's chromium trace has it.
+
+    Attributes:
+        kind: ``"B"``, something begins; ``"E"``, it ends; ``"i"``, it has no duration.
+        name: what.
+        ns: nanoseconds since the epoch.
+        thread: which thread it is in, as :func:`threading.get_ident` says.
+        args: all else that is known.
+    """
+
+    kind: str
+    name: str
+    ns: int
+    thread: int
+    args: Mapping[str, Any]
+
+
+# What torch times no more exactly than with all around it: looks into caches, and what vector instructions g++ can do.
+_UNTIMED: tuple[tuple[Any, str, str], ...] = (
+    (AOTAutogradCache, "try_load", "quark.cache.aot_autograd_look_up"),
+    (AOTAutogradCache, "save", "quark.cache.aot_autograd_save"),
+    (FxGraphCache, "prepare_key", "quark.cache.fx_graph_key"),
+    (FxGraphCache, "load_with_key", "quark.cache.fx_graph_look_up"),
+    (FxGraphCache, "_save_graph", "quark.cache.fx_graph_save"),
+    (VecISA, "check_build", "quark.instruction_set_check"),
+)
+
+
+@contextlib.contextmanager
+def compile_events(tell: Callable[[CompileEvent], None]) -> Iterator[None]:
+    """Inside, ``tell`` is called for each event of torch's chromium trace, in the thread in which it happens.
+
+    The trace has these more meanwhile: looks into caches; checks of the compiler; ``quark.build``, a compiler that
+    runs, of a ``source``; and as instants ``quark.kernel_defined`` (a kernel's ``name`` and ``source``),
+    ``quark.kernel_called`` (a call in generated code, by ``name``), ``quark.kernel_loaded`` (a kernel that code needs,
+    from a cache or not) and ``quark.kernel_built`` (by Triton: its ``name``, and ``info`` with ``compile_time_us``).
+    """
+    logger = get_chromium_event_logger()
+    log_timed, log_instant = logger._log_timed_event, logger.log_instant_event
+
+    def timed(name: str, ns: int, kind: str, metadata: Any = None) -> Any:
+        tell(CompileEvent(kind, name, ns, threading.get_ident(), dict(metadata or {})))
+        return log_timed(name, ns, kind, metadata)
+
+    def instant(name: str, ns: int, metadata: Any = None, *args: Any, **kwargs: Any) -> None:
+        tell(CompileEvent("i", name, ns, threading.get_ident(), dict(metadata or {})))
+        log_instant(name, ns, metadata, *args, **kwargs)
+
+    def in_event(function: Callable[..., Any], name: str) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with dynamo_timed(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def told(owner: Any, function_name: str, event: str, /, **places: int) -> Any:
+        function = getattr(owner, function_name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            named = {key: args[place] for key, place in places.items()}
+            tell(CompileEvent("i", event, time.time_ns(), threading.get_ident(), named))
+            return function(*args, **kwargs)
+
+        return patch.object(owner, function_name, run)
+
+    build = cpp_builder.run_compile_cmd
+
+    def run_compile_cmd(cmd_line: str, cwd: str) -> None:
+        sources = re.findall(r"\S+\.(?:cpp|cu|i|s)(?=\s|$)", cmd_line)
+        with dynamo_timed("quark.build", metadata={"source": str(Path(cwd, sources[0])) if sources else ""}):
+            build(cmd_line, cwd)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(logger, "_log_timed_event", timed))
+        stack.enter_context(patch.object(logger, "log_instant_event", instant))
+        stack.enter_context(patch.object(cpp_builder, "run_compile_cmd", run_compile_cmd))
+        for owner, method, name in _UNTIMED:
+            timed_method = in_event(getattr(owner, method), name)
+            static = isinstance(vars(owner)[method], staticmethod)
+            stack.enter_context(patch.object(owner, method, staticmethod(timed_method) if static else timed_method))
+        wrapper, loader = PythonWrapperCodegen, async_compile.AsyncCompile
+        stack.enter_context(told(wrapper, "define_kernel", "quark.kernel_defined", name=1, source=2))
+        stack.enter_context(told(wrapper, "generate_kernel_call", "quark.kernel_called", name=1))
+        stack.enter_context(told(loader, "cpp_pybinding", "quark.kernel_loaded"))
+        stack.enter_context(told(loader, "triton", "quark.kernel_loaded"))
+        stack.enter_context(told(async_compile, "_add_triton_kernel_info", "quark.kernel_built", name=0, info=1))
+        yield
+
+
+@contextlib.contextmanager
+def compiled_frames() -> Iterator[Callable[[], list[Any]]]:
+    """Inside, what is given tells what Dynamo has compiled since: a ``CompilationMetrics`` for each frame."""
+    kept = dynamo_utils._compilation_metrics.maxlen or dynamo_utils.DEFAULT_COMPILATION_METRICS_LIMIT
+    before = dynamo_utils.get_compilation_metrics()
+    known = {id(metrics) for metrics in before}
+    dynamo_utils.set_compilation_metrics_limit(100_000)  # by default it forgets all but the last 64
+    try:
+        yield lambda: [metrics for metrics in dynamo_utils.get_compilation_metrics() if id(metrics) not in known]
+    finally:
+        dynamo_utils.set_compilation_metrics_limit(kept)
 
 
 def pass_list(passes: list[Any]) -> Any:

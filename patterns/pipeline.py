@@ -72,9 +72,17 @@ def collect_results() -> Iterator[list[GraphResult]]:
         _collector.reset(token)
 
 
+@contextlib.contextmanager
+def _event(name: str) -> Iterator[None]:
+    """What torch's own records of a compilation show under a name of ours."""
+    with dynamo_timed(f"quark.{name}", log_pt2_compile_event=True):
+        yield
+
+
 def _timed(name: str, run: Callable[[Graph], int], graph: Graph) -> PassResult:
     start = time.perf_counter()
-    return PassResult(name, run(graph), (), (time.perf_counter() - start) * 1e3)
+    with _event(name):
+        return PassResult(name, run(graph), (), (time.perf_counter() - start) * 1e3)
 
 
 def run_rules(graph: Graph, options: Options) -> GraphResult:
@@ -93,19 +101,21 @@ def run_rules(graph: Graph, options: Options) -> GraphResult:
         _timed("decode_linear", decode_linear, graph),
     ]
     history = History()
-    with dynamo_timed("quark.grouped_linear", log_pt2_compile_event=True):
+    with _event("grouped_linear"):
         passes.append(grouped_linear(graph, history))
     for rule in registered_rules():
-        with dynamo_timed(f"quark.{rule.name}", log_pt2_compile_event=True):
+        with _event(rule.name):
             passes.append(rule.apply(graph, history))
     selecting = time.perf_counter()
-    linears = select_providers(graph, history.replaced, options.provider)
+    with _event("select_providers"):
+        linears = select_providers(graph, history.replaced, options.provider)
     passes.append(PassResult("select_providers", len(linears), (), (time.perf_counter() - selecting) * 1e3))
     graph.eliminate_dead_code()
     passes.append(_timed("quantize_before_gather", quantize_before_gather, graph))
     graph.eliminate_dead_code()
     graph.lint()
-    all_linears, unfused, left = leftovers(graph, linears, history.refused)
+    with _event("leftovers"):
+        all_linears, unfused, left = leftovers(graph, linears, history.refused)
     ms = (time.perf_counter() - start) * 1e3
     result = GraphResult(tuple(passes), tuple(all_linears), tuple(unfused), tuple(left), ms)
     _report(result)
@@ -178,7 +188,8 @@ class RulesPass(_Pass):
         if any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder")):
             log.warning("a training graph: no rule runs, the quantized Linears stay emulated")
             return
-        run_rules(graph, self.options)
+        with _event("passes"):
+            run_rules(graph, self.options)
 
 
 class LateDecompositionPass(_Pass):
@@ -186,6 +197,7 @@ class LateDecompositionPass(_Pass):
 
     def __call__(self, graph: Graph) -> None:
         """Run on any graph, in place."""
-        count = late_decomposition(graph)
-        graph.lint()
+        with _event("late_decomposition"):
+            count = late_decomposition(graph)
+            graph.lint()
         log.debug("late_decomposition: %d", count)

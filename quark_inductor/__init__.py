@@ -11,18 +11,30 @@ if TYPE_CHECKING:
     from quark_inductor.hf import register_hf
     from quark_inductor.loading import load
     from quark_inductor.merging import merge_shared_input_
+    from quark_inductor.profile import profile_compile
     from quark_inductor.quantize import quantize_
     from quark_inductor.report import explain
     from quark_inductor.saving import save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "aoti_configs", "explain", "load", "merge_shared_input_", "quantize_", "register_hf", "save"]
+__all__ = [
+    "__version__",
+    "aoti_configs",
+    "explain",
+    "load",
+    "merge_shared_input_",
+    "profile_compile",
+    "quantize_",
+    "register_hf",
+    "save",
+]
 
 _HOMES = {
     "aoti_configs": "backend",
     "explain": "report",
     "load": "loading",
     "merge_shared_input_": "merging",
+    "profile_compile": "profile",
     "quantize_": "quantize",
     "register_hf": "hf",
     "save": "saving",

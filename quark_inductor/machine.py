@@ -63,11 +63,42 @@ def huge_page_share(addresses: Iterable[int]) -> float:
     return huge / resident if resident else 0.0
 
 
+class PeakMemory:
+    """The most memory that this process has had resident since this was made."""
+
+    def __init__(self) -> None:
+        try:
+            # Linux forgets the peak so far.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            self._since = False
+        else:
+            self._since = True
+
+    def peak(self) -> int | None:
+        """Bytes; ``None`` where the system cannot say since when."""
+        found = re.search(r"^VmHWM:\s*(\d+) kB", _read("/proc/self/status"), re.MULTILINE) if self._since else None
+        return int(found[1]) * 1024 if found else None
+
+
 def _first_line(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout.splitlines() or [""])[0]
+
+
+def cpu_name() -> str:
+    """The processor, as it calls itself; ``""``: unknown."""
+    return _cpuinfo("model name") or platform.processor()
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; ``""``: there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def facts() -> dict[str, Any]:
@@ -76,7 +107,7 @@ def facts() -> dict[str, Any]:
     huge = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     return {
-        "cpu": _cpuinfo("model name") or platform.processor(),
+        "cpu": cpu_name(),
         "cpu_family_model_stepping": "/".join(_cpuinfo(key) for key in ("cpu family", "model", "stepping")),
         "arch": platform.machine(),
         "flags": [flag for flag in FLAGS if flag in flags],
@@ -88,6 +119,6 @@ def facts() -> dict[str, Any]:
         "system": platform.system() + " " + platform.release(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "torch": metadata.version("torch"),
+        "torch": version_of("torch"),
         "compiler": _first_line(os.environ.get("CXX", "g++"), "--version"),
     }

@@ -21,6 +21,10 @@ class OptionError(QuarkInductorError, ValueError):
     """An unknown option of ``torch.compile(backend="quark")``, or a value it cannot take."""
 
 
+class DocumentError(QuarkInductorError, ValueError):
+    """A report or a profile in JSON that cannot be read."""
+
+
 class NotFusedError(QuarkInductorError, RuntimeError):
     """``quark.strict`` is set and a quantized Linear was left to the emulation."""
 

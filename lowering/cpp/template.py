@@ -31,6 +31,7 @@ from quark_inductor.lowering._inductor import (
     realized_inputs,
     select_choice,
     sympy_index_symbol,
+    timed,
     view,
 )
 from quark_inductor.lowering.base import GemmProblem
@@ -213,6 +214,12 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         **kwargs: Any,
     ) -> str:
         """See ``torch._inductor.codegen.cpp_template.CppTemplate``."""
+        with timed(f"render.{self.name}"):
+            return self._render(kernel, template_buffer_node, flag_template_buffer_has_other_users, epilogue_nodes)
+
+    def _render(
+        self, kernel: Any, template_buffer_node: Any, has_other_users: bool | None, epilogue_nodes: list[Any] | None
+    ) -> str:
         problem = self.problem
         output: Any = template_buffer_node if template_buffer_node is not None else self.output_node
         template_buffer = output
@@ -229,7 +236,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         reindexers: list[Any] = [None]
         aliases, output_2d = [gemm_out.get_name()], output
         if epilogue_nodes:
-            if not flag_template_buffer_has_other_users:
+            if not has_other_users:
                 aliases.append(template_buffer.get_name())
             chain += epilogue_nodes
             output = chain[-1]

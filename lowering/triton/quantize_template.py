@@ -12,6 +12,7 @@ from quark_inductor.lowering._inductor import (
     ir,
     realized_inputs,
     select_choice,
+    timed,
     view,
 )
 from quark_inductor.lowering.triton.quantize import constants, source
@@ -44,9 +45,10 @@ def lower(x: Any, format: str, scale_rule: str, global_scale: Any | None) -> tup
     layout = ir.FixedLayout(device, f.scales_dtype, [math.prod(rows) * (k // f.size)])
     choices: list[Any] = []
     template = _template(source(format, scale_rule, dtype_name(x.get_dtype())))
-    error = template.maybe_append_choice(
-        choices, input_nodes=nodes, layout=layout, mutated_inputs=[codes], **constants(format)
-    )
+    with timed("render.quark_block_quantize"):
+        error = template.maybe_append_choice(
+            choices, input_nodes=nodes, layout=layout, mutated_inputs=[codes], **constants(format)
+        )
     if error is not None:
         raise error
     scales = select_choice("quark_block_quantize", choices, nodes, layout)

@@ -19,6 +19,7 @@ from quark_inductor.lowering._inductor import (
     realized_inputs,
     select_choice,
     sum_,
+    timed,
     to_dtype,
 )
 from quark_inductor.lowering.base import GemmProblem
@@ -86,7 +87,8 @@ def lower(target: Target, problem: GemmProblem, args: Mapping[str, Any]) -> Any:
         source = kernel(problem, form, tile, strides, tuple(inputs))
         template = _template(problem.op, source, _grid_of_experts if problem.grouped else _grid)
         constants = _constants(problem, tile)
-        error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **constants, **epilogue)
+        with timed(f"render.quark_{problem.op}"):
+            error = template.maybe_append_choice(choices, input_nodes=nodes, layout=layout, **constants, **epilogue)
         if error is not None:
             raise error
     if has_other_ways:

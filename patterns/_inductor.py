@@ -1,6 +1,7 @@
 """Every private Inductor name the passes and the backend use, and what differs between torch 2.11 and 2.13."""
 
 import contextlib
+import inspect
 import os
 import re
 import threading
@@ -227,7 +228,8 @@ def compile_events(tell: Callable[[CompileEvent], None]) -> Iterator[None]:
     The trace has these more meanwhile: looks into caches; checks of the compiler; ``quark.build``, a compiler that
     runs, of a ``source``; and as instants ``quark.kernel_defined`` (a kernel's ``name`` and ``source``),
     ``quark.kernel_called`` (a call in generated code, by ``name``), ``quark.kernel_loaded`` (a kernel that code needs,
-    from a cache or not) and ``quark.kernel_built`` (by Triton: its ``name``, and ``info`` with ``compile_time_us``).
+    from a cache or not), ``quark.kernel_queued`` (one that is to be built) and ``quark.kernel_built`` (by Triton: its
+    ``name``, and ``info`` with ``compile_time_us``).
     """
     logger = get_chromium_event_logger()
     log_timed, log_instant = logger._log_timed_event, logger.log_instant_event
@@ -255,7 +257,8 @@ def compile_events(tell: Callable[[CompileEvent], None]) -> Iterator[None]:
             tell(CompileEvent("i", event, time.time_ns(), threading.get_ident(), named))
             return function(*args, **kwargs)
 
-        return patch.object(owner, function_name, run)
+        plain = not inspect.ismethod(function)  # else it is bound to its class already
+        return patch.object(owner, function_name, run if plain else staticmethod(run))
 
     build = cpp_builder.run_compile_cmd
 
@@ -277,6 +280,8 @@ def compile_events(tell: Callable[[CompileEvent], None]) -> Iterator[None]:
         stack.enter_context(told(wrapper, "generate_kernel_call", "quark.kernel_called", name=1))
         stack.enter_context(told(loader, "cpp_pybinding", "quark.kernel_loaded"))
         stack.enter_context(told(loader, "triton", "quark.kernel_loaded"))
+        stack.enter_context(told(loader, "triton", "quark.kernel_queued"))
+        stack.enter_context(told(loader, "submit", "quark.kernel_queued"))
         stack.enter_context(told(async_compile, "_add_triton_kernel_info", "quark.kernel_built", name=0, info=1))
         yield
 

@@ -110,6 +110,7 @@ def compile_graph(
     from quark_inductor.lowering.base import forcing
     from quark_inductor.patterns._inductor import atomic_builds, compile_fx, pass_list
     from quark_inductor.patterns.pipeline import LateDecompositionPass, RulesPass
+    from quark_inductor.progress import progress
     from quark_inductor.schemes import registry as schemes  # noqa: F401
 
     patches = dict(theirs)
@@ -117,7 +118,7 @@ def compile_graph(
 
     patches[BEFORE] = pass_list([*users_passes(theirs, BEFORE), RulesPass(own)])
     patches[AFTER] = pass_list([LateDecompositionPass(own), *users_passes(theirs, AFTER)])
-    with forcing(own.provider), atomic_builds():
+    with forcing(own.provider), atomic_builds(), progress():
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **compilers)
     return compiled
 

@@ -202,6 +202,24 @@ def provider_keys() -> tuple[tuple[str, ...], ...]:
     return tuple((name, *provider.found()) for name, provider in _PROVIDERS.items())
 
 
+def answers(target: Target, problem: GemmProblem) -> dict[str, No | None]:
+    """What each provider says to a problem, all of them asked: ``None`` is yes."""
+    if (reason := _below_capability(target, problem)) is not None:
+        return dict.fromkeys(_PROVIDERS, No(reason))
+    return {name: provider.can_run(target, problem) for name, provider in _PROVIDERS.items()}
+
+
+def _below_capability(target: Target, problem: GemmProblem) -> str | None:
+    """``None`` if a GPU has hardware kernels for the weight's format, else which have."""
+    needed, arch = min_capability(problem.weight_format), target.arch.removeprefix("sm_")
+    if not target.arch.startswith("sm_") or not arch.isdigit() or int(arch) >= needed:
+        return None
+    return (
+        f"{target.arch} is below compute capability {needed / 10}, from which weights in {problem.weight_format} "
+        "have hardware kernels"
+    )
+
+
 _forced: ContextVar[str | None] = ContextVar("quark_inductor_provider", default=None)
 
 
@@ -235,12 +253,7 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
     forced = forced or forced_provider()
     if forced is not None and forced not in provider_names():
         raise OptionError(f"there is no provider {forced!r}; expected one of {', '.join(provider_names())}")
-    needed, arch = min_capability(problem.weight_format), target.arch.removeprefix("sm_")
-    if target.arch.startswith("sm_") and arch.isdigit() and int(arch) < needed:
-        reason = (
-            f"{target.arch} is below compute capability {needed / 10}, from which weights in {problem.weight_format} "
-            "have hardware kernels"
-        )
+    if (reason := _below_capability(target, problem)) is not None:
         return Selection(None, (reason,))
     refusals: dict[str, list[str]] = {}
     chosen = None

@@ -70,11 +70,33 @@ def rocm_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def isa_refusals() -> dict[str, str]:
+    """Why kernels of the levels above that of :func:`current` do not run here, by level."""
+    can, best, whole = torch.cpu.get_capabilities(), current().isa, _isa(None)
+    refusals: dict[str, str] = {}
+    below = whole
+    for isa in reversed(list(ISA_LEVELS)[: list(ISA_LEVELS).index(best)]):
+        if list(ISA_LEVELS).index(isa) >= list(ISA_LEVELS).index(whole):
+            refusals[isa] = f"QUARK_INDUCTOR_ISA is {best!r}"
+        else:
+            refusals[isa] = _lacks(isa, can) or f"it needs all of {below}"
+            below = isa
+    return refusals
+
+
+def _lacks(isa: str, can: Mapping[str, bool]) -> str | None:
+    """What this machine lacks of what a level has beyond the one below; ``None``: nothing."""
+    if missing := [feature for feature in ISA_LEVELS[isa] if not can.get(feature)]:
+        return f"the CPU has no {', '.join(missing)}"
+    if isa == "amx" and not torch.cpu._init_amx():
+        return "the system does not let a process use AMX"
+    return None
+
+
 def _isa(forced: str | None) -> str:
     can, found = torch.cpu.get_capabilities(), ["portable"]
-    for isa, needed in reversed(list(ISA_LEVELS.items())):
-        # The system has to let a process use AMX.
-        if not all(can.get(feature) for feature in needed) or (isa == "amx" and not torch.cpu._init_amx()):
+    for isa in reversed(ISA_LEVELS):
+        if _lacks(isa, can) is not None:
             break
         found.append(isa)
     if forced is None:

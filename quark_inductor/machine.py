@@ -81,6 +81,12 @@ class PeakMemory:
         return int(found[1]) * 1024 if found else None
 
 
+def cache_folder() -> Path:
+    """Where downloads and measurements are kept by default: a folder of ours in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "quark-inductor"
+
+
 def _first_line(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from quark_inductor.schemes import ops
 from quark_inductor.schemes.activations import activation_quantizer
@@ -374,14 +375,18 @@ class QuarkLinear(nn.Module):
             m.merged = fused, begin
         return None
 
-    def pack_(self) -> None:
-        """Pack the weight as kernels of its device read it, if there is a layout for it; same bytes, same numbers."""
+    def pack_(self, choose: Callable[[str, Sequence[Tensor], Stored], Layout | None] = layout_for) -> None:
+        """Pack the weight as kernels of its device read it, if there is a layout for it; same bytes, same numbers.
+
+        Args:
+            choose: which layout; one for weights that have no numbers cannot ask for them.
+        """
         if self.packed is not None or self.merged is not None or self.emulation == AT_LOAD:
             return
         if self.scheme.spec.weight is None or (stored := self.scheme.stored(self)) is None:
             return
         tensors = [getattr(self, name).data for name in stored.names]
-        layout = layout_for(tensors[0].device.type, tensors, stored)
+        layout = choose(tensors[0].device.type, tensors, stored)
         if layout is None:
             return
         self._set_packed(layout, stored, layout.pack(tensors, stored))
@@ -602,7 +607,7 @@ ops.lib.impl("linear", linear, "CompositeImplicitAutograd")
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same, bit by bit; two without memory do."""
-    if a.dtype != b.dtype or a.is_meta:
+    if a.dtype != b.dtype or a.is_meta or is_fake(a):
         return a.dtype == b.dtype
     return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 

@@ -115,7 +115,7 @@ def main() -> None:
         f"{name} {min(measured[name]):.1f} to {max(measured[name]):.1f} s" for name in ("with", "without")
     )
     print(
-        f"on, in turns of {TURNS}: {recorded:.1f} s with, {without:.1f} s without ({spread}): {recorded / without - 1:+.1%}"
+        f"on, in {TURNS} turns: {recorded:.1f} s with, {without:.1f} s without ({spread}): {recorded / without - 1:+.1%}"
     )
 
 

@@ -1,7 +1,10 @@
 """Every private Inductor name the lowerings use, and what differs between torch 2.11 and 2.13. Imported lazily."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +34,7 @@ from torch._inductor.lowering import (
     to_dtype,
     view,
 )
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -41,11 +45,14 @@ from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quark_inductor.schemes.ops import FUSED_OPS, NAMESPACE
+
 __all__ = [
     "DTYPE_TO_CPP",
     "CppTemplate",
     "CppTemplateCaller",
     "CppTemplateKernel",
+    "GemmKernel",
     "Placeholder",
     "SymbolicGridFn",
     "TritonTemplate",
@@ -74,6 +81,7 @@ __all__ = [
     "timed",
     "to_dtype",
     "view",
+    "watch_gemms",
 ]
 
 
@@ -188,3 +196,106 @@ def _supported(template: Any, epilogues: list[Any]) -> tuple[bool, bool]:
 def static_size(expr: Any) -> int | None:
     """A size as an int, or ``None`` if it is symbolic."""
     return int(expr) if getattr(expr, "is_number", True) else None
+
+
+@dataclass(frozen=True, slots=True)
+class GemmKernel:
+    """What code was generated for a fused op: a kernel, or a call of a library.
+
+    Attributes:
+        node: the fused op in the graph that was lowered.
+        epilogue: names of the aten ops that run in the kernel after the GEMM.
+        producers: the same of the kernels that compute what it reads, all of them together.
+        multiplies: what a C++ template multiplies with, see its ``Kernel``; ``""``: it is none.
+    """
+
+    node: Any
+    epilogue: tuple[str, ...]
+    producers: tuple[str, ...]
+    multiplies: str
+
+
+@contextlib.contextmanager
+def watch_gemms(range_of: Callable[[Any], str]) -> Iterator[list[GemmKernel]]:
+    """Collect a result for each kernel and library call of a fused op for which code is generated inside.
+
+    Args:
+        range_of: of a fused op in a graph, the name of the profiler's range that its Python code shall be in; ``""``:
+            none. With ranges, a graph's code is not what it would be without, and must not get into a cache.
+    """
+    create, extern = Scheduler.create_backend, Scheduler.codegen_extern_call
+    found: list[GemmKernel] = []
+
+    def generate(scheduler: Any, node: Any, epilogue: Iterable[Any], code: Callable[[], Any]) -> Any:
+        gemm = _fused_op(node.node)
+        if gemm is None:
+            return code()
+        own = set(node.node.origins)
+        after = _ops(o for n in epilogue if n.node is not None for o in n.node.origins if o not in own)
+        before = _ops(_origins_of_inputs(scheduler, node))
+        if name := range_of(gemm):
+            # Cheaper than torch.profiler.record_function by some microseconds, which is what a small GEMM takes.
+            V.graph.wrapper_code.writeline(f"quark_range = torch._C._profiler._RecordFunctionFast({name!r})")
+            V.graph.wrapper_code.writeline("quark_range.__enter__()")
+        result = code()
+        if name:
+            V.graph.wrapper_code.writeline("quark_range.__exit__(None, None, None)")
+        template = getattr(node.node, "template", None)
+        found.append(GemmKernel(gemm, after, before, getattr(template, "multiplies", "")))
+        return result
+
+    def create_backend(scheduler: Any, device: Any) -> Any:
+        backend = create(scheduler, device)
+        inner = backend.codegen_template
+
+        def codegen_template(template: Any, epilogue: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            code = functools.partial(inner, template, epilogue, *args, **kwargs)
+            # A choice's source, to measure it.
+            return code() if kwargs.get("only_gen_src_code") else generate(scheduler, template, epilogue, code)
+
+        backend.codegen_template = codegen_template
+        return backend
+
+    def codegen_extern_call(scheduler: Any, node: Any) -> Any:
+        return generate(scheduler, node, (), functools.partial(extern, scheduler, node))
+
+    with (
+        patch.object(Scheduler, "create_backend", create_backend),
+        patch.object(Scheduler, "codegen_extern_call", codegen_extern_call),
+    ):
+        yield found
+
+
+def _fused_op(operation: Any) -> Any:
+    """The fused op in the graph that a buffer computes; ``None``: it computes something else."""
+    # What comes before may be among the origins too: a GEMM's, whose result this reads.
+    last = max((o for o in getattr(operation, "origins", ()) if o.op == "call_function"), default=None)
+    schema = getattr(last and last.target, "_schema", None)
+    namespace, _, op = schema.name.partition("::") if schema is not None else ("", "", "")
+    return last if namespace == NAMESPACE and op in FUSED_OPS else None
+
+
+def _origins_of_inputs(scheduler: Any, node: Any) -> Iterator[Any]:
+    """Where the kernels come from that compute what a kernel reads, but for other GEMMs."""
+    for read in node.read_writes.reads:
+        buffer = scheduler.name_to_buf.get(read.name)
+        operation = getattr(buffer, "defining_op", None)
+        if operation is None:
+            continue
+        kernel = scheduler.name_to_fused_node[operation.get_name()]
+        for n in kernel.get_nodes():
+            yield from getattr(n.node, "origins", ())
+
+
+# Views, by their schema none.
+_VIEWS = frozenset({"reshape", "_unsafe_view"})
+
+
+def _ops(nodes: Iterable[Any]) -> tuple[str, ...]:
+    """Names of what was called before it was decomposed, each once, in the graph's order; no views."""
+    names: dict[str, None] = {}
+    for node in sorted(set(nodes)):
+        target = node.meta.get("original_aten") or node.target
+        if hasattr(target, "_schema") and not target.is_view:
+            names.setdefault(target._schema.name.partition("::")[2])
+    return tuple(name for name in names if name not in _VIEWS)

@@ -1,6 +1,7 @@
 """What the rules left in a graph, and why: GEMMs of quantized weights, and quantizes, dequantizes and 8-bit casts."""
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch.fx import Graph, Node
 from quark_inductor.lowering.base import EMULATION
 from quark_inductor.patterns.base import GEMMS, PRODUCTS, VIEWS, Refusal, arguments, is_byte, layer_of
 from quark_inductor.patterns.nearest import nearest
-from quark_inductor.patterns.selection import LinearResult, is_fused
+from quark_inductor.patterns.selection import KEY, LinearResult, is_fused
 from quark_inductor.schemes.base import features_of_plan
 from quark_inductor.schemes.ops import NAMESPACE
 
@@ -42,6 +43,8 @@ _OPERANDS: Mapping[Any, tuple[int, int]] = {
     **{gemm: places[:2] for gemm, places in GEMMS.items()},
     aten.baddbmm.default: (1, 2),
 }
+
+_keys = itertools.count()
 
 
 def is_left(node: Node) -> bool:
@@ -143,7 +146,8 @@ def leftovers(
                 rule = refused[node].rule if node in refused else ""
                 unfused.append(Refusal(reason, result.layer, rule))
                 result = dataclasses.replace(result, refusals=(reason,), partly=result.provider != EMULATION)
-        results.append(result)
+        node.meta[KEY] = key = next(_keys)
+        results.append(dataclasses.replace(result, key=key))
     everything = [
         Refusal(reasons.get(n, "no GEMM reads it: it is of an output, a cache or an embedding"), layer_of(n))
         for n in graph.nodes

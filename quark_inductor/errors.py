@@ -6,6 +6,7 @@ from quark_inductor.schemes.errors import (
     NotFusedError,
     OptionError,
     QuarkInductorError,
+    ReportError,
     ShapeError,
     TrainingError,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "NotFusedError",
     "OptionError",
     "QuarkInductorError",
+    "ReportError",
     "ShapeError",
     "TrainingError",
 ]

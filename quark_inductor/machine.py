@@ -87,16 +87,16 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "quark-inductor"
 
 
+def cpu_model() -> str:
+    """The CPU's name; ``""``: unknown."""
+    return _cpuinfo("model name") or platform.processor()
+
+
 def _first_line(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout.splitlines() or [""])[0]
-
-
-def cpu_name() -> str:
-    """The processor, as it calls itself; ``""``: unknown."""
-    return _cpuinfo("model name") or platform.processor()
 
 
 def version_of(package: str) -> str:
@@ -113,7 +113,7 @@ def facts() -> dict[str, Any]:
     huge = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
         "cpu_family_model_stepping": "/".join(_cpuinfo(key) for key in ("cpu family", "model", "stepping")),
         "arch": platform.machine(),
         "flags": [flag for flag in FLAGS if flag in flags],

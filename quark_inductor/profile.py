@@ -174,6 +174,13 @@ class Profile:
                 events.append({"ph": "X", "name": span.name, "cat": span.phase, "pid": pid, "tid": span.lane, **us})
         return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
 
+    def to_html(self) -> str:
+        """A page for a browser: the timeline and the tables."""
+        from quark_inductor.page import page
+
+        runs = {name: run.to_dict() for name, run in self.runs.items()}
+        return page(f"Compilation of {self.model} by {self.backend}", self.summary, runs=runs)
+
     @property
     def summary(self) -> str:
         """A line a run."""
@@ -338,7 +345,7 @@ def profile_compile(
         backend=backend,
         options=dict(options or {}),
         versions={"quark-inductor": __version__, **{p: v for p in packages if (v := machine.version_of(p))}},
-        cpu=machine.cpu_name(),
+        cpu=machine.cpu_model(),
         cold=runs[0],
         warm=runs[1],
     )

@@ -51,6 +51,7 @@ def kernel(problem: GemmProblem, inputs: Mapping[str, Any], rounds_to: str | Non
         rows_at_a_time=384,
         channels=channels,
         scratch=f"scratch_bytes(K, {columns})",
+        multiplies="bf16",
     )
 
 

@@ -48,6 +48,8 @@ class Kernel:
         before: a statement for before the threads start; ``""``: none.
         scratch: bytes a thread needs for the tile at ``scratch``; ``""``: none.
         experts: what lies between the weights of two experts, in elements, by the name of the tensor.
+        multiplies: what its inner loop multiplies with: ``"int8"`` (integer dot products), ``"bf16"`` (those of
+            bfloat16), ``"fp32"`` (fused multiply-add, whatever the compiler makes of it).
     """
 
     namespace: str
@@ -62,6 +64,7 @@ class Kernel:
     before: str = ""
     scratch: str = ""
     experts: Mapping[str, int] = field(default_factory=dict)
+    multiplies: str = "fp32"
 
 
 def given_scale(problem: GemmProblem, name: str = "x_scale") -> str:

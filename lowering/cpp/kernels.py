@@ -113,6 +113,7 @@ def _by_rows(family: str, prepare: str, tile: str) -> Kernel:
         rows_bytes="quark::round_up(most, MT) * row_bytes(K)",
         rows=8,
         pads=True,
+        multiplies="int8" if family == "mxfp4" else "fp32",
     )
 
 

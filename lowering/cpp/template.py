@@ -179,6 +179,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         # The name becomes the kernel's: what a profile shows.
         super().__init__(f"quark_{problem.op}", list(inputs.values()), layout, parallel_num_threads())
         self.target, self.problem, self.inputs = target, problem, dict(inputs)
+        self.multiplies = ""  # known when it is rendered
 
     def generate(self, **kwargs: Any) -> Any:
         """The choice, without the source that only a benchmark of several choices would read.
@@ -251,6 +252,7 @@ class CppQuarkGemm(CppTemplate):  # type: ignore[misc]
         plain = len(chain) == 1 and (problem.grouped or "bias" not in self.inputs)
         of_one = {n: _OfExpert(t) for n, t in self.inputs.items()} if problem.grouped else self.inputs
         chosen = kernel_for(self.target, problem, of_one, rounds_to, self.num_threads)
+        self.multiplies = chosen.multiplies
         options: dict[str, Any] = {
             "kernel": kernel,
             "template": self,

@@ -85,4 +85,5 @@ def _kernel(problem: GemmProblem, namespace: str, prepare: str, more: str, chann
         rows_at_a_time=384,
         channels=channels,
         scratch="scratch_bytes(K)",
+        multiplies="int8",
     )

@@ -52,17 +52,31 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def build(source: str, what: str, *flags: str) -> Any:
+    """A C++ source as a loaded library.
+
+    Args:
+        source: with ``extern "C"`` functions.
+        what: it is, for an error.
+        *flags: of the compiler.
+
+    Raises:
+        QuarkInductorError: it does not compile.
+    """
+    with tempfile.TemporaryDirectory(prefix="quark-inductor-bench-") as directory:
+        file, library = Path(directory, "source.cpp"), Path(directory, "library.so")
+        file.write_text(source, encoding="utf-8")
+        command = [compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *flags, str(file)]
+        built = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, check=False)
+        if built.returncode:
+            raise QuarkInductorError(f"{compiler()} cannot compile {what}:\n{built.stderr}")
+        # Mapped: it may be deleted now.
+        return ctypes.CDLL(str(library))
+
+
 @functools.cache
 def _library() -> Any:
-    with tempfile.TemporaryDirectory(prefix="quark-inductor-bench-") as directory:
-        source, library = Path(directory, "raw_read.cpp"), Path(directory, "raw_read.so")
-        source.write_text(_SOURCE, encoding="utf-8")
-        command = [compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise QuarkInductorError(f"{compiler()} cannot compile the loop that reads memory:\n{built.stderr}")
-        # Mapped: it may be deleted now.
-        loaded = ctypes.CDLL(str(library))
+    loaded = build(_SOURCE, "the loop that reads memory")
     loaded.raw_read.restype = ctypes.c_uint64
     loaded.raw_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return loaded

@@ -1,20 +1,27 @@
 """``explain``: what it says of fused, refused and unseen Linears, in every form, and the same in the log."""
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor, nn
 
 import quark_inductor as qi
+from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering.base import provider_names
-from quark_inductor.report import Report
-from quark_inductor.schemes.errors import NotFusedError, OptionError
+from quark_inductor.report import Bytes, Call, Report, Runtime
+from quark_inductor.schemes.errors import NotFusedError, OptionError, ReportError
 
 # Of a Linear with a quantized activation, when nobody may make kernels.
 EMULATED = (
@@ -96,33 +103,179 @@ def test_a_quantize_that_stays_outside_has_a_reason() -> None:
     assert [(kind.count, kind.reason) for kind in report.left] == [(1, "; ".join(refusals))]
 
 
-def test_the_json_schema() -> None:
-    """Schema 1: what programs may rely on."""
+SCHEMA = json.loads(files("quark_inductor").joinpath("schemas/report.json").read_text())
+
+
+def test_the_json() -> None:
+    """Schema 2: what programs may rely on. The sizes are those of a weight packed in panels of 64 channels."""
     found = json.loads(qi.explain(net("ptpc_fp8"), torch.randn(3, 64)).to_json())
-    assert set(found) == {"schema", "graphs", "linears", "rules", "left"}
-    assert found["schema"] == 1
+    assert set(found) == {"schema", "kind", "graphs", "linears", "rules", "left", "call", "machine", "compile"}
+    assert (found["schema"], found["kind"]) == (2, "report")
     assert found["linears"][0] == {
         "name": "up",
         "scheme": "w8a8_fp8",
         "shape": [96, 64],
+        "tokens": 3,
         "rules": ["fp8_weight", "fp8_activation", "fp8_prologue"],
         "op": "prologue_gemm",
         "x_format": "fp8_e4m3",
         "weight_format": "fp8_e4m3",
         "provider": "cpp",
         "fused": True,
+        "prologue": "fp8_e4m3 amax",
+        "producer": "",
+        "epilogue": ["relu"],
+        # Codes, scales and bias in float32; values in float32.
+        "bytes": {"weight": 128 * 64 + 96 * 4 + 96 * 4, "activation": 3 * 64 * 4, "output": 3 * 96 * 4},
         "refusals": [],
         "graph": 0,
+        "runtime": None,
     }
+    # One that was not called has its weight only.
+    assert found["linears"][1]["bytes"] == {"weight": 64 * 64 + 64 * 4 + 64 * 4, "activation": None, "output": None}
 
 
-def test_it_prints_alike_linears_once() -> None:
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
-    text = str(qi.explain(qi.quantize_(model, "mxfp4"), torch.randn(3, 64)))
-    assert text.splitlines() == [
-        "3 of 3 quantized Linears fused, in 1 graphs",
+def test_reports_are_valid_and_wrong_ones_are_not() -> None:
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    validator.check_schema(SCHEMA)
+    for provider in ("cpp", "emulation"):
+        report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": provider})
+        validator.validate(json.loads(report.to_json()))
+    good = json.loads(report.to_json())
+    runtime = {"us": 1.0, "calls": 1, "gb_s": 1.0, "gflop_s": None, "bound": "luck", "of_ceiling": 0.5}
+    wrong: tuple[Callable[[Any], Any], ...] = (
+        lambda r: r.update(schema=1),
+        lambda r: r.pop("machine"),
+        lambda r: r.update(more=1),
+        lambda r: r["linears"][0].pop("bytes"),
+        lambda r: r["linears"][0].update(shape=[96]),
+        lambda r: r["linears"][0].update(epilogue="relu"),
+        lambda r: r["linears"][0]["bytes"].update(weight=-1),
+        lambda r: r["linears"][0].update(runtime=runtime),
+        lambda r: r["left"][0].update(count="many"),
+    )
+    for change in wrong:
+        bad = copy.deepcopy(good)
+        change(bad)
+        assert not validator.is_valid(bad)
+
+
+class Gated(nn.Module):
+    """A norm, a gated pair and a residual: two epilogues."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y: Tensor = x + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h))
+        return y
+
+
+def test_what_is_fused_after_a_gemm() -> None:
+    report = qi.explain(qi.quantize_(Gated(), "mxfp4"), torch.randn(3, 64))
+    assert {r.name: r.epilogue for r in report.linears} == {"gate": (), "up": ("silu", "mul"), "down": ("add",)}
+
+
+def test_what_quantizes_before_a_gemm(materialized: str) -> None:
+    options = {"quark.provider": materialized}
+    report = qi.explain(qi.quantize_(Gated(), "mxfp4"), torch.randn(3, 64), options=options)
+    found = {r.name: (r.op, r.prologue, r.producer) for r in report.linears}
+    assert found["gate"] == found["up"] == ("quantized_gemm", "", "block_quantize")
+    assert found["down"] == ("quantized_gemm", "", "silu, mul, block_quantize")
+    # Codes and scales are what it reads: 128 values in 4 bits, 4 scales.
+    assert report.linears[2].bytes.activation == 3 * (64 + 4)
+
+
+def test_any_number_of_tokens() -> None:
+    report = qi.explain(net(), torch.randn(3, 64), dynamic=True)
+    up = report.linears[0]
+    assert (up.tokens, up.bytes.activation, up.bytes.output) == (None, None, None)
+    assert up.bytes.weight == 128 * (32 + 2) + 96 * 4
+    assert "any number of tokens; " in str(report)
+
+
+def test_it_reads_what_it_wrote() -> None:
+    report = dataclasses.replace(
+        qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"}),
+        call=Call(9.0, 4.5, 7),
+        machine={"threads": 2},
+        compile={"wall_s": 1.5},
+    )
+    first, *others = report.linears
+    first = dataclasses.replace(first, runtime=Runtime(4.5, 7, 1.5, None, "memory", 0.5))
+    report = dataclasses.replace(report, linears=(first, *others))
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_it_reads_an_old_report() -> None:
+    """Of schema 1: one Linear that is fused, one that is emulated, one that was not called."""
+    text = (Path(__file__).parents[1] / "fixtures" / "reports" / "report-1.json").read_text()
+    report = Report.from_json(text)
+    assert rows(report) == {"up": ("cpp", True), "odd": ("emulation", False), "unused": ("eager", False)}
+    up, odd, _ = report.linears
+    assert (up.shape, up.formats, up.bytes, up.runtime) == ((96, 64), ("mxfp4", "mxfp4"), Bytes(), None)
+    assert odd.refusals[0].startswith("no rule's pattern is this graph")
+    assert (report.left[0].count, report.machine, report.compile) == (1, None, None)
+    jsonschema.validate(json.loads(report.to_json()), SCHEMA)
+    assert "odd: 48 x 96, emulation (no rule)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"this is no JSON \(.*\), expected a report of quark-inductor; write a new one with"),
+        ("[]", "this is no report, expected a report"),
+        ('{"schema": 1, "kind": "profile"}', "this is an object of kind 'profile', expected a report"),
+        ('{"schema": 3}', "the report's schema is 3, expected 1 or 2; if a newer quark-inductor wrote it, update"),
+        ('{"schema": 1, "graphs": 1}', "report has no 'linears', expected graphs, linears, rules, left"),
+        (
+            '{"schema": 1, "graphs": "1", "linears": [], "rules": {}, "left": []}',
+            "report.graphs is '1', expected int",
+        ),
+        (
+            '{"schema": 1, "graphs": 1, "linears": [3], "rules": {}, "left": []}',
+            r"linears\[0\] is a int, expected an object",
+        ),
+    ],
+)
+def test_a_broken_report_is_told(text: str, message: str) -> None:
+    with pytest.raises(ReportError, match=message):
+        Report.from_json(text)
+
+
+def test_a_row_of_a_broken_report_is_told() -> None:
+    good = json.loads(qi.explain(net(), torch.randn(3, 64)).to_json())
+    for changes, message in (
+        ({"shape": [96]}, r"linears\[0\]\.shape is \[96\], expected N and K"),
+        ({"tokens": "3"}, r"linears\[0\]\.tokens is '3', expected int or null"),
+        ({"bytes": {"weight": 1}}, r"linears\[0\]\.bytes has no 'activation'"),
+        ({"runtime": {"us": 1}}, r"linears\[0\]\.runtime has no 'calls'"),
+    ):
+        bad = copy.deepcopy(good)
+        bad["linears"][0].update(changes)
+        with pytest.raises(ReportError, match=message):
+            Report.from_json(json.dumps(bad))
+
+
+def test_it_prints_a_summary_and_alike_linears_once() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 32))
+    report = qi.explain(qi.quantize_(model, "mxfp4", exclude=()), torch.randn(3, 64))
+    assert str(report).splitlines() == [
+        "4 of 4 quantized Linears fused, in 1 graph",
+        "  by provider: cpp 4",
+        "  by scheme: w4a4_mxfp4 4",
+        # 4 * 64 * 34 of codes and scales, 3 * 64 * 4 and 32 * 4 of biases; 4 times 3 * 64 values; 3 times, and a half.
+        "  bytes of a call: 9.6 kB of weights, 3.07 kB of activations, 2.69 kB of outputs",
         "  0 and 2 more: w4a4_mxfp4 64 x 64, cpp prologue_gemm (block_weight + block_activation + block_prologue)",
+        "    3 tokens; quantizes its activation (mxfp4 even); weight 2.43 kB, activation 768 B, output 768 B",
+        "  3: w4a4_mxfp4 32 x 64, cpp prologue_gemm (block_weight + block_activation + block_prologue)",
+        "    3 tokens; quantizes its activation (mxfp4 even); weight 2.3 kB, activation 768 B, output 384 B",
     ]
+    report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"})
+    assert report.summary.splitlines()[-2:] == [f"  1 x {EMULATED}", f"  1 x {report.linears[1].refusals[0]}"]
 
 
 def test_the_html_holds_every_row_and_escapes() -> None:

@@ -111,12 +111,9 @@ def main() -> None:
     print(f"off: {events} events of {measured['event_s'] * 1e6:.0f} us in {without:.1f} s: {off / without:.4%}")
     print(f"on: {ours['recorder_s'] * 1e3:.0f} ms in the recorder, both runs: ", end="")
     print(f"{ours['recorder_s'] / (mine.cold.wall_s + mine.warm.wall_s):.3%}")
-    spread = ", ".join(
-        f"{name} {min(measured[name]):.1f} to {max(measured[name]):.1f} s" for name in ("with", "without")
-    )
-    print(
-        f"on, in {TURNS} turns: {recorded:.1f} s with, {without:.1f} s without ({spread}): {recorded / without - 1:+.1%}"
-    )
+    ranges = ", ".join(f"{min(s):.1f} to {max(s):.1f} s" for s in (measured["with"], measured["without"]))
+    print(f"on, in {TURNS} turns: {recorded:.1f} s with, {without:.1f} s without ({ranges})", end="")
+    print(f": {recorded / without - 1:+.1%}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PHASES = (
     "inductor_passes",
     "lowering",
     "templates",
-    "scheduling_codegen",
+    "codegen",
     "autotuning",
     "kernel_compile",
     "cache",
@@ -363,7 +363,7 @@ def _run_tables(runs: _Runs) -> list[tuple[str, Table | None]]:
         for name, item in _events(runs, "caches")
     ]
     kernels = [
-        (name, kernel) for name, run in runs.items() for kernel in _mappings(_mapping(run.get("kernels")).get("list"))
+        (name, kernel) for name, run in runs.items() for kernel in _mappings(_mapping(run.get("kernels")).get("built"))
     ]
     kernels.sort(key=lambda named: -(number(named[1].get("s")) or 0))
     longest = max((number(kernel.get("s")) or 0 for _, kernel in kernels), default=0) or 1
@@ -374,13 +374,12 @@ def _run_tables(runs: _Runs) -> list[tuple[str, Table | None]]:
             Cell(_text(kernel.get("compiler"))),
             _number_cell(kernel.get("s"), seconds(kernel.get("s")), bar=(number(kernel.get("s")) or 0) / longest),
             _number_cell(kernel.get("calls")),
-            Cell("reused" if kernel.get("reused") else ""),
         )
         for name, kernel in kernels
     ]
     run_, where, reason = ("run", False), ("where", False), ("reason", False)
-    numbers = [(title, True) for title in ("hits", "misses", "bypasses")]
-    kernel_columns = [("kernel", False), ("compiler", False), ("time", True), ("calls", True), ("from a cache", False)]
+    numbers = [(title, True) for title in ("hits", "misses", "bypasses", "disabled")]
+    kernel_columns = [("kernel", False), ("compiler", False), ("time", True), ("calls", True)]
     return [
         ("Graph breaks", _table("breaks", [run_, where, ("count", True), reason], breaks)),
         ("Recompiles", _table("recompiles", [run_, where, reason], recompiles)),

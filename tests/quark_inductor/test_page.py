@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quark_inductor import page as module
+from quark_inductor import recorder
 from quark_inductor.page import page, seconds, share, size
 
 EVIL = "</script><!--<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'//"
@@ -86,9 +87,9 @@ def run(**more: Any) -> dict[str, Any]:
             "deduplicated": 38,
             "compiled": 2,
             "reused": 0,
-            "list": [
-                {"name": "cpp_fused_add", "compiler": "g++", "s": 0.9, "calls": 30, "reused": False},
-                {"name": "cpp_fused_mul", "compiler": "g++", "s": 1.5, "calls": 10, "reused": True},
+            "built": [
+                {"name": "cpp_fused_add", "compiler": "g++", "s": 0.9, "calls": 30},
+                {"name": "cpp_fused_mul", "compiler": "g++", "s": 1.5, "calls": 10},
             ],
         },
         "graph_breaks": [],
@@ -99,7 +100,7 @@ def run(**more: Any) -> dict[str, Any]:
             span("compile", "dynamo", 0.0, 8.0, 0),
             span("lower", "lowering", 1.0, 5.0, 1),
             span("render", "templates", 2.0, 2.5, 2),
-            span("codegen", "scheduling_codegen", 5.0, 7.0, 1),
+            span("codegen", "codegen", 5.0, 7.0, 1),
             span("cpp_fused_add", "kernel_compile", 5.5, 6.4, 0, 1),
             span("cpp_fused_mul", "kernel_compile", 6.0, 7.5, 0, 2),
         ],
@@ -188,6 +189,10 @@ def test_columns_of_a_runtime_are_there_if_it_was_measured() -> None:
     table = Document(page("", "", report=report(linear("a"), linear("b", graph=1)))).tables["linears"]
     assert not {"time", "GB/s", "GFLOP/s", "of the ceiling", "bound by", "calls", "why not"} & set(table[0])
     assert column(table, "graph") == ["0", "1"]
+
+
+def test_it_has_a_colour_for_every_phase_that_is_recorded() -> None:
+    assert set(module.PHASES) == {*recorder.PHASES, recorder.OTHER}
 
 
 def test_phases_are_side_by_side() -> None:
@@ -557,7 +562,7 @@ class TestBrowser:
             return tab.one("#tip").text
 
         assert go(arrow["down"]) == "lower\nlowering, 4 s, from 1 s"
-        assert go(arrow["right"]) == "codegen\nscheduling_codegen, 2 s, from 5 s"
+        assert go(arrow["right"]) == "codegen\ncodegen, 2 s, from 5 s"
         assert go(arrow["down"]) == "render\ntemplates, 500 ms, from 2 s"
         assert go(arrow["down"]).startswith("cpp_fused_add\n")
         assert go(arrow["up"] + arrow["up"]).startswith("lower\n")
@@ -575,7 +580,7 @@ class TestBrowser:
         assert not tip.is_displayed()
         first = tab.all('.track button[aria-label^="codegen,"]')[0]
         ActionChains(tab.driver).move_to_element(first).perform()
-        assert tip.text == "codegen\nscheduling_codegen, 2 s, from 5 s"
+        assert tip.text == "codegen\ncodegen, 2 s, from 5 s"
         for elsewhere in ("h1", ".plot h4"):
             ActionChains(tab.driver).move_to_element(tab.all(elsewhere)[0]).perform()
             assert not tip.is_displayed()

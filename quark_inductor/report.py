@@ -352,7 +352,7 @@ def _details(r: LinearReport) -> list[str]:
     """How a GEMM is fed, what it does after, and its bytes; nothing where that is not known."""
     if r.bytes.weight is None or not r.op:
         return []
-    parts = ["any number of tokens" if r.tokens is None else f"{r.tokens} tokens"]
+    parts = ["any number of tokens" if r.tokens is None else f"{r.tokens} token{'s' if r.tokens != 1 else ''}"]
     if r.prologue:
         parts.append(f"quantizes its activation ({r.prologue})")
     if r.producer:

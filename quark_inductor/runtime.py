@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from quark_inductor.lowering._inductor import GemmKernel
     from quark_inductor.patterns.selection import LinearResult
 
-# What a range is named: this and the layer, as in "quark_inductor::model.layers.0.mlp.up_proj".
-PREFIX = "quark_inductor::"
-_CALL = "quark_inductor.call"
+# What a range is named: this and the layer, as in "quark_inductor/model.layers.0.mlp.up_proj". Ops have "::" there.
+PREFIX = "quark_inductor/"
+_CALL = "quark_inductor call"
 # Options of Inductor without which there would be no line of Python around each kernel.
 OPTIONS: Mapping[str, Any] = {"cpp_wrapper": False, "triton.cudagraphs": False}
 _SECONDS, _LEAST, _MOST = 1.0, 5, 50

@@ -246,7 +246,7 @@ def watch_gemms(range_of: Callable[[Any], str]) -> Iterator[list[GemmKernel]]:
         return result
 
     def create_backend(scheduler: Any, device: Any) -> Any:
-        backend = create(scheduler, device)
+        backend: Any = create(scheduler, device)
         inner = backend.codegen_template
 
         def codegen_template(template: Any, epilogue: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

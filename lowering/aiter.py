@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from quark_inductor.lowering import target as targets
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.base import GemmProblem, No, Provider, no_dtype, register_provider, tokens
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.errors import QuarkInductorError
 from quark_inductor.schemes.layout import Layout, Stored, register_layout
@@ -509,11 +509,14 @@ def _with_biases(y: Any, bias: Any, offsets: Any, dtype: torch.dtype) -> Any:
 def gemm_for(target: Target, problem: GemmProblem) -> str | No:
     """The name of AITER's function for a problem on an architecture of :data:`FP8`, or why it has none."""
     if problem.layout not in ("", Aiter16x16.name) or (problem.layout and problem.experts):
-        return No(f"has no kernel for {'experts in ' * bool(problem.experts)}the layout {problem.layout}")
+        return No(
+            f"has no kernel for {'experts in ' * bool(problem.experts)}the layout {problem.layout}, which unpack_() "
+            "undoes"
+        )
     if problem.experts and not problem.grouped:
         return No("has no kernel for experts of as many rows each")
     if problem.dtype not in ("bfloat16", "float16"):
-        return No(f"the result's dtype is {problem.dtype}; it makes bfloat16, float16")
+        return No(no_dtype(problem, ("bfloat16", "float16")))
     if problem.zero_points:
         return No("has no kernel for zero points, whose values are not known when compiling")
     if problem.experts:
@@ -521,12 +524,11 @@ def gemm_for(target: Target, problem: GemmProblem) -> str | No:
     x, weight, fp8 = problem.x_format, problem.weight_format, FP8[target.arch]
     if problem.op == "prologue_gemm" and (x, problem.scale_rule, weight) == ("mxfp4", "even", "mxfp4"):
         if problem.m is None or problem.m > FEW_TOKENS:
-            known = "not known" if problem.m is None else problem.m
-            return No(f"quantizes up to {FEW_TOKENS} tokens in the GEMM, M is {known}")
+            return No(f"quantizes up to {FEW_TOKENS} tokens in the GEMM, M is {tokens(problem.m)}")
         return "gemm_a16wfp4_preshuffle" if problem.layout else "gemm_a16wfp4"
     if problem.layout:
         if (problem.op, x, weight) != ("quantized_gemm", "mxfp4", "mxfp4"):
-            return No(f"has no kernel for {problem} in the layout {problem.layout}")
+            return No(f"has no kernel for {problem} in the layout {problem.layout}, which unpack_() undoes")
         return "gemm_a4w4" if problem.dtype == "bfloat16" else "gemm_afp4wfp4_preshuffle"
     if problem.op == "quantized_gemm":
         if "fp8_e4m3" in x and x != fp8:
@@ -535,7 +537,7 @@ def gemm_for(target: Target, problem: GemmProblem) -> str | No:
         if weight == "mxfp4" and (x == "mxfp4" or (x == fp8 and rows)):
             return "gemm_afp4wfp4" if x == "mxfp4" else "gemm_a8wfp4"
         if problem.rounds:
-            return No("does not round operands, as emulate_precision_casts asks for")
+            return No("does not round operands, as emulate_precision_casts asks for: leave it out")
         if x == weight and x in (fp8, "int8") and rows and problem.weight_scale_ndim < 2:
             return "gemm_a8w8"
         if weight == f"{fp8}_128x128" and x == fp8 and problem.k % _BLOCK == 0:
@@ -553,7 +555,7 @@ def _gemm_of(target: Target, problem: GemmProblem) -> str | No:
         if x != fp8:
             return No(f"{target.arch} multiplies {fp8}, the activation is {x}")
         if problem.rounds:
-            return No("does not round operands, as emulate_precision_casts asks for")
+            return No("does not round operands, as emulate_precision_casts asks for: leave it out")
         return _by_blocks(problem) or "fused_moe"
     return No(f"has no kernel for {problem}")
 

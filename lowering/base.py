@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -146,6 +146,30 @@ class No:
     reason: str
 
 
+# Reasons that several providers have, in the same words.
+
+
+def no_rule(scale_rule: str) -> str:
+    """Of a scale rule that no kernel computes as the emulation does."""
+    return f"scale rule {scale_rule!r} takes a logarithm, which two libraries round differently: quantize with 'even'"
+
+
+def no_dtype(problem: GemmProblem, dtypes: Sequence[str], it: str = "it") -> str:
+    """Of a result in none of the dtypes."""
+    return f"the result's dtype is {problem.dtype}; {it} makes {', '.join(dtypes)}: choose one with load(dtype=)"
+
+
+def no_layout(problem: GemmProblem) -> str:
+    """Of a weight that is packed, or of experts."""
+    of = f"the layout {problem.layout}, which unpack_() undoes" if problem.layout else "experts"
+    return f"has no kernel for {of}"
+
+
+def tokens(m: int | None) -> str:
+    """How many tokens there are, for a reason that is about their number."""
+    return "not known: compile with dynamic=False" if m is None else str(m)
+
+
 class Provider(ABC):
     """Makes kernels for some fused ops on some targets. Stateless."""
 
@@ -259,7 +283,7 @@ def select(target: Target, problem: GemmProblem, forced: str | None = None) -> S
     chosen = None
     for name, provider in _PROVIDERS.items():
         if forced not in (None, name):
-            answer: No | None = No(f"option quark.provider is {forced!r}")
+            answer: No | None = No(f"option quark.provider is {forced!r}: leave it out to ask all")
         else:
             answer = provider.can_run(target, problem)
         if answer is None:

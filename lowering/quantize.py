@@ -18,6 +18,6 @@ def quantizes(target: Target, format: str, scale_rule: str, dtype: str, k: int |
         k: ``None`` if it is not known before run time.
     """
     if (forced := forced_provider()) not in (None, PROVIDER):
-        return No(f"{PROVIDER}: option quark.provider is {forced!r}")
+        return No(f"{PROVIDER}: option quark.provider is {forced!r}: leave it out to ask all")
     reason = quantize.refuse(target, format, scale_rule, dtype, k)
     return None if reason is None else No(f"{PROVIDER}: {reason}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.base import GemmProblem, No, Provider, no_dtype, no_layout, register_provider
 from quark_inductor.lowering.target import Target
 from quark_inductor.schemes.ops import dtype_of
 
@@ -48,16 +48,16 @@ class ScaledMm(Provider):
             found = f"{problem.x_format} and {problem.weight_format}"
             return No(f"on {target.arch} it multiplies {format} by {format}, the operands are {found}")
         if problem.rounds:
-            return No("does not round operands, as emulate_precision_casts asks for")
+            return No("does not round operands, as emulate_precision_casts asks for: leave it out")
         if problem.layout or problem.experts:
-            return No(f"has no kernel for {f'the layout {problem.layout}' if problem.layout else 'experts'}")
+            return No(no_layout(problem))
         if problem.x_granularity == "per_group":
             return No("has no kernel for an activation scaled by groups")
         if problem.n % _MULTIPLE or problem.k % _MULTIPLE:
             return No(f"N = {problem.n} and K = {problem.k} are not both multiples of {_MULTIPLE}")
         dtypes = ("bfloat16",) if _is_row_wise(problem) else ("bfloat16", "float16", "float32")
         if problem.dtype not in dtypes:
-            return No(f"the result's dtype is {problem.dtype}; with such scales it makes {', '.join(dtypes)}")
+            return No(no_dtype(problem, dtypes, "with such scales it"))
         if problem.m is not None and problem.m < FEW_TOKENS:
             return No(f"is for {FEW_TOKENS} tokens and more, M is {problem.m}")
         return None

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.base import GemmProblem, No, Provider, no_dtype, no_layout, register_provider, tokens
 from quark_inductor.lowering.target import Target, rocm_version
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
 from quark_inductor.schemes.ops import NAMESPACE, dtype_of, lib
@@ -139,16 +139,16 @@ class ScaledMmBlocks(Provider):
                 f"on {target.arch} it multiplies {' and '.join(formats)}, each by itself, the operands are {given}"
             )
         if problem.layout or problem.experts:
-            return No(f"has no kernel for {f'the layout {problem.layout}' if problem.layout else 'experts'}")
+            return No(no_layout(problem))
         if problem.rounds and BLOCK_FORMATS[problem.x_format].has_global_scale:
-            return No("does not round operands, as emulate_precision_casts asks for")
+            return No("does not round operands, as emulate_precision_casts asks for: leave it out")
         rows, columns = MULTIPLES[target.arch]
         if problem.n % columns or problem.k % 128:
             return No(f"N = {problem.n} is not a multiple of {columns}, or K = {problem.k} not one of 128")
         if problem.dtype != "bfloat16":
-            return No(f"the result's dtype is {problem.dtype}; it makes bfloat16")
+            return No(no_dtype(problem, ("bfloat16",)))
         if problem.m is None or problem.m < FEW_TOKENS:
-            return No(f"is for {FEW_TOKENS} tokens and more, M is {'not known' if problem.m is None else problem.m}")
+            return No(f"is for {FEW_TOKENS} tokens and more, M is {tokens(problem.m)}")
         if problem.m % rows:
             return No(f"M = {problem.m} is not a multiple of {rows}")
         return None

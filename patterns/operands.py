@@ -104,7 +104,9 @@ class WeightRule(OperandRule):
             return reason
         shape = _transposed_shape(found)
         if not all(isinstance(size, int) for size in shape):
-            return f"the weight's shape {list(shape)} is not known when compiling"
+            return (
+                f"the weight's shape {list(shape)} is not known when compiling: parameters and buffers have known ones"
+            )
         return super().check(found)
 
     def refuse_shapes(self, found: Found, operands: dict[str, Any]) -> str | None:

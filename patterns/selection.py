@@ -107,7 +107,7 @@ def _bytes(tensor: Tensor) -> int | None:
 
 
 def _product(sizes: Iterable[Any]) -> int | None:
-    hints = [size if isinstance(size, int) else getattr(size.node, "hint", None) for size in sizes]
+    hints: list[Any] = [size if isinstance(size, int) else getattr(size.node, "hint", None) for size in sizes]
     return None if None in hints else math.prod(hints)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import time
@@ -185,13 +186,13 @@ def _write(known: Mapping[str, Any]) -> None:
         partial.replace(file())
 
 
-def _rate(run: Callable[[], int]) -> float:
-    """The most that a call did in a nanosecond, of as many as fit into some time; it returns how much it did."""
+def _rate(run: Callable[[], int], amount: int) -> float:
+    """How much the fastest call did in a nanosecond, of as many as fit into some time; ``amount``: what each does."""
     best, start = 0.0, time.perf_counter()
     while time.perf_counter() - start < _SECONDS:
         begin = time.perf_counter_ns()
-        done = run()
-        best = max(best, done / (time.perf_counter_ns() - begin))
+        run()
+        best = max(best, amount / (time.perf_counter_ns() - begin))
     return best
 
 
@@ -212,8 +213,7 @@ def _of_cpu(target: Target, threads: int) -> tuple[dict[int, float], dict[str, f
 
     reads = {}
     for size in SIZES:
-        read = raw_read([memory_of_all[:size]], threads)
-        reads[size] = _rate(lambda read=read, size=size: (read(), size)[1])
+        reads[size] = _rate(raw_read([memory_of_all[:size]], threads), size)
 
     defined = [define for isa, define in _DEFINED.items() if target.has(isa)]
     if target.isa == "avx2":
@@ -224,7 +224,8 @@ def _of_cpu(target: Target, threads: int) -> tuple[dict[int, float], dict[str, f
         if (function := getattr(library, name, None)) is not None:
             function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
             # One core's, times the cores: a core that has other work would make all of them slow.
-            peaks[name] = _rate(lambda function=function: function(1 << 14)) * min(threads, machine.cores())
+            run = functools.partial(function, 1 << 14)
+            peaks[name] = _rate(run, run()) * min(threads, machine.cores())
     return reads, peaks
 
 

@@ -135,8 +135,8 @@ def test_no_activation_is_quantized_twice(name: str, scheme: str, dtype: torch.d
     assert quantizes(done) == activations * LAYERS
     assert done.refusals == ()
     assert {refusal.reason for refusal in done.result.left} == {
-        f"prologue_gemm: {', '.join(provider_names()[:-2])}: option quark.provider is 'materialized'; "
-        "prologue_gemm: materialized: has no prologue"
+        f"prologue_gemm: {', '.join(provider_names()[:-2])}: option quark.provider is 'materialized': leave it out "
+        "to ask all; prologue_gemm: materialized: has no prologue"
     }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.base import GemmProblem, No, Provider, no_dtype, register_provider
 from quark_inductor.lowering.cpp import panel64  # noqa: F401
 from quark_inductor.lowering.cpp.kernels import refuse
 from quark_inductor.lowering.target import Target
@@ -27,7 +27,7 @@ class Cpp(Provider):
         if problem.op not in OPS:
             return No(f"has no kernel for {problem.op}; it has {', '.join(OPS)}")
         if problem.dtype not in FLOATS:
-            return No(f"the result's dtype is {problem.dtype}; it makes {', '.join(FLOATS)}")
+            return No(no_dtype(problem, FLOATS))
         reason = refuse(problem)
         return None if reason is None else No(reason)
 

@@ -7,7 +7,7 @@ every other goes through ``generic.h``, right but not fast.
 from collections.abc import Mapping
 from typing import Any
 
-from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.base import GemmProblem, no_layout, no_rule
 from quark_inductor.lowering.cpp.kernel import ELEMENTS, PREPARED, ROW, Kernel, block, float_row, given_scale
 from quark_inductor.lowering.cpp.panel64 import NAME
 from quark_inductor.lowering.cpp.panels import kernel_of_panels
@@ -23,7 +23,7 @@ _MANY_TOKENS = 128
 def refuse(problem: GemmProblem) -> str | None:
     """``None`` if there is a kernel for a problem, else why not."""
     if problem.scale_rule in ("floor", "ceil"):
-        return f"scale rule {problem.scale_rule!r} takes a logarithm, which two libraries round differently"
+        return no_rule(problem.scale_rule)
     of_fp8 = fp8_weight(problem.weight_format)
     for format in (problem.x_format, problem.weight_format if of_fp8 else ""):
         if "fnuz" in format:
@@ -34,9 +34,12 @@ def refuse(problem: GemmProblem) -> str | None:
     if problem.group_size and problem.k % problem.group_size:
         return f"K = {problem.k} is not a multiple of {problem.group_size}"
     if problem.layout:
-        return None if problem.layout == NAME else f"has no kernel for weights in the layout {problem.layout}"
+        return None if problem.layout == NAME else no_layout(problem)
     if _family(problem) == "generic" and problem.m is not None and problem.m >= _MANY_TOKENS:
-        return f"from M = {_MANY_TOKENS} on the generic kernel is slower than the compiled emulation; M is {problem.m}"
+        return (
+            f"from M = {_MANY_TOKENS} on the generic kernel is slower than the compiled emulation; M is {problem.m}: "
+            "weights packed by load or quantize_ have faster ones"
+        )
     return None
 
 

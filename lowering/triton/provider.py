@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quark_inductor.lowering.base import GemmProblem, No, Provider, register_provider
+from quark_inductor.lowering.base import GemmProblem, No, Provider, no_dtype, no_layout, no_rule, register_provider
 from quark_inductor.lowering.target import Target
 from quark_inductor.lowering.triton import tiles
 from quark_inductor.lowering.triton.chips import CHIPS, Chip
@@ -29,7 +29,7 @@ class Triton(Provider):
         if problem.op not in OPS:
             return No(f"has no kernel for {problem.op}; it has {', '.join(OPS)}")
         if problem.dtype not in FLOATS:
-            return No(f"the result's dtype is {problem.dtype}; it makes {', '.join(FLOATS)}")
+            return No(no_dtype(problem, FLOATS))
         reason = refuse(CHIPS[target.arch], problem)
         return None if reason is None else No(reason)
 
@@ -45,11 +45,11 @@ def refuse(chip: Chip, problem: GemmProblem) -> str | None:
     if problem.m == 0:
         return "there are no rows"
     if problem.layout:
-        return f"has no kernel for weights in the layout {problem.layout}"
+        return no_layout(problem)
     if problem.experts and not problem.grouped:
         return "has no kernel for experts"
     if problem.scale_rule in ("floor", "ceil"):
-        return f"scale rule {problem.scale_rule!r} takes a logarithm, which two libraries round differently"
+        return no_rule(problem.scale_rule)
     formats = f"{problem.x_format} {problem.weight_format}"
     if "fnuz" in formats and not any("fnuz" in format for format in chip.fp8):
         return "the chip has no FP8 of the kind fnuz"

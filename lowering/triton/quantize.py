@@ -5,6 +5,7 @@ writes codes and scales. Of plain aten Inductor makes two kernels (torch 2.11 an
 them in the next.
 """
 
+from quark_inductor.lowering.base import no_rule
 from quark_inductor.lowering.target import Target
 from quark_inductor.lowering.triton.chips import CHIPS
 from quark_inductor.lowering.triton.operand import FLOATS, MAX_EXPONENT, MINIFLOATS
@@ -35,7 +36,7 @@ def refuse(target: Target, format: str, scale_rule: str, dtype: str, k: int | No
     if f.element not in _BITS:
         return f"elements of {format} are not packed: Inductor's own kernel quantizes, together with what is before it"
     if scale_rule not in ("even", "nearest", "sequential", "combined"):
-        return f"scale rule {scale_rule!r} takes a logarithm, which two libraries round differently"
+        return no_rule(scale_rule)
     if f.scale == "e4m3" and not CHIPS[target.arch].has_fp8:
         return "Triton has no FP8 on this chip"
     if dtype not in FLOATS:

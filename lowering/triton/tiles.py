@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from quark_inductor.lowering.base import GemmProblem
+from quark_inductor.lowering.base import GemmProblem, tokens
 from quark_inductor.lowering.triton.chips import Chip
 from quark_inductor.lowering.triton.forms import Form, is_turned
 from quark_inductor.schemes.numerics.block import BLOCK_FORMATS
@@ -212,12 +212,11 @@ def refuse(problem: GemmProblem) -> str | None:
     for columns, whose in ((problem.x_columns, "activation"), (problem.weight_columns, "weight")):
         if columns % _LEAST_COLUMNS:
             return f"{columns} columns share a scale of the {whose}; expected a multiple of {_LEAST_COLUMNS}"
-    tokens, most = _tokens(problem), prologue_tokens(problem)
-    if problem.op == "prologue_gemm" and not _may_differ(problem) and (tokens is None or tokens > most):
-        known = "not known" if tokens is None else tokens
+    count, most = _tokens(problem), prologue_tokens(problem)
+    if problem.op == "prologue_gemm" and not _may_differ(problem) and (count is None or count > most):
         if problem.grouped:
-            return f"quantizes up to {most} tokens an expert in the GEMM, their mean is {known}"
-        return f"quantizes up to {most} tokens in the GEMM, M is {known}"
+            return f"quantizes up to {most} tokens an expert in the GEMM, their mean is {tokens(count)}"
+        return f"quantizes up to {most} tokens in the GEMM, M is {tokens(count)}"
     group = problem.group_size
     if group and (group & (group - 1) or group > _MOST_COLUMNS or problem.weight_columns % group):
         return (

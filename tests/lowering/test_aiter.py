@@ -231,24 +231,33 @@ def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
         (GFX942, PROLOGUE, "gemm_a16wfp4 runs on gfx950, the device is gfx942"),
         (GFX942, IN_FP8, "gfx942 multiplies fp8_e4m3fnuz, the activation is fp8_e4m3"),
         (GFX950, IN_FNUZ, "gfx950 multiplies fp8_e4m3, the activation is fp8_e4m3fnuz"),
-        (GFX950, {"layout": "panel64"}, "has no kernel for the layout panel64"),
+        (GFX950, {"layout": "panel64"}, "has no kernel for the layout panel64, which unpack_() undoes"),
         (GFX942, {"layout": "aiter_16x16"}, "gemm_a4w4 runs on gfx950, the device is gfx942"),
-        (GFX950, {**PACK, "dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
+        (
+            GFX950,
+            {**PACK, "dtype": "float32"},
+            "the result's dtype is float32; it makes bfloat16, float16: choose one with load(dtype=)",
+        ),
         (GFX950, {**PACK, **PROLOGUE, "m": 65}, "quantizes up to 64 tokens in the GEMM, M is 65"),
         (
             GFX950,
             {**PACK, "x_format": "fp8_e4m3", "x_granularity": "per_token"},
-            "has no kernel for quantized_gemm of fp8_e4m3 and mxfp4 in the layout aiter_16x16",
+            "has no kernel for quantized_gemm of fp8_e4m3 and mxfp4 in the layout aiter_16x16, which unpack_() undoes",
         ),
         (
             GFX950,
             {**PACK, **PROLOGUE, "scale_rule": "floor"},
-            "has no kernel for prologue_gemm of mxfp4 floor and mxfp4 in the layout aiter_16x16",
+            "has no kernel for prologue_gemm of mxfp4 floor and mxfp4 in the layout aiter_16x16, which unpack_() "
+            "undoes",
         ),
         (GFX950, {"experts": 8}, "has no kernel for experts of as many rows each"),
         (GFX942, EXPERTS, "fused_moe_mxfp4 runs on gfx950, the device is gfx942"),
-        (GFX950, {**EXPERTS, **PACK}, "has no kernel for experts in the layout aiter_16x16"),
-        (GFX950, {**EXPERTS, "dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
+        (GFX950, {**EXPERTS, **PACK}, "has no kernel for experts in the layout aiter_16x16, which unpack_() undoes"),
+        (
+            GFX950,
+            {**EXPERTS, "dtype": "float32"},
+            "the result's dtype is float32; it makes bfloat16, float16: choose one with load(dtype=)",
+        ),
         (GFX950, {**EXPERTS, "k": 32}, "reads scales past the last of experts where K is 32"),
         (
             GFX950,
@@ -276,7 +285,7 @@ def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
         (
             GFX950,
             {**EXPERTS, **BLOCKS, "rounds": True},
-            "does not round operands, as emulate_precision_casts asks for",
+            "does not round operands, as emulate_precision_casts asks for: leave it out",
         ),
         (GFX950, {**EXPERTS, **BLOCKS, "x_columns": 64}, "scales 128 elements of a row at a time"),
         (
@@ -284,8 +293,16 @@ def test_what_it_runs(on: Target, changes: dict[str, Any]) -> None:
             {**EXPERTS, **BLOCKS, "k": 192},
             "has no kernel for quantized_gemm of fp8_e4m3 and fp8_e4m3_128x128, 8 experts",
         ),
-        (GFX950, {"dtype": "float32"}, "the result's dtype is float32; it makes bfloat16, float16"),
-        (GFX950, {**PROLOGUE, "m": None}, "quantizes up to 64 tokens in the GEMM, M is not known"),
+        (
+            GFX950,
+            {"dtype": "float32"},
+            "the result's dtype is float32; it makes bfloat16, float16: choose one with load(dtype=)",
+        ),
+        (
+            GFX950,
+            {**PROLOGUE, "m": None},
+            "quantizes up to 64 tokens in the GEMM, M is not known: compile with dynamic=False",
+        ),
         (GFX950, {**PROLOGUE, "m": FEW_TOKENS + 1}, "quantizes up to 64 tokens in the GEMM, M is 65"),
         (GFX950, {**PROLOGUE, "scale_rule": "floor"}, "has no kernel for prologue_gemm of mxfp4 floor and mxfp4"),
         (

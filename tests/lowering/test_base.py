@@ -104,7 +104,7 @@ def test_a_forced_provider_is_the_only_one_asked(add: Callable[..., type[Provide
     second = add("second", None)
     chosen = select(CPU, problem(), "second")
     assert type(chosen.provider) is second
-    assert chosen.refusals == (f"{', '.join(PROVIDERS)}: option quark.provider is 'second'",)
+    assert chosen.refusals == (f"{', '.join(PROVIDERS)}: option quark.provider is 'second': leave it out to ask all",)
     assert select(CPU, problem(), "cpp").provider.name == "cpp"
 
 
@@ -112,7 +112,9 @@ def test_the_emulation_forced(add: Callable[..., type[Provider]]) -> None:
     add("second", None)
     chosen = select(CPU, problem(), EMULATION)
     assert chosen.provider is None
-    assert chosen.refusals == (f"{', '.join(PROVIDERS)}, second: option quark.provider is 'emulation'",)
+    assert chosen.refusals == (
+        f"{', '.join(PROVIDERS)}, second: option quark.provider is 'emulation': leave it out to ask all",
+    )
 
 
 def test_an_unknown_provider() -> None:
@@ -219,7 +221,7 @@ def test_the_problem_of_a_prologue() -> None:
 # --- the provider cpp
 
 
-LOGARITHM = "takes a logarithm, which two libraries round differently"
+LOGARITHM = "takes a logarithm, which two libraries round differently: quantize with 'even'"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,11 @@ LOGARITHM = "takes a logarithm, which two libraries round differently"
             {"op": "int8_gemm"},
             "has no kernel for int8_gemm; it has prologue_gemm, quantized_gemm, weight_only_gemm",
         ),
-        (CPU, {"dtype": "float64"}, "the result's dtype is float64; it makes bfloat16, float16, float32"),
+        (
+            CPU,
+            {"dtype": "float64"},
+            "the result's dtype is float64; it makes bfloat16, float16, float32: choose one with load(dtype=)",
+        ),
         (CPU, {"k": 48}, "K = 48 is not a multiple of 32"),
         (CPU, {"k": 40, "x_format": "nvfp4", "weight_format": "int8"}, "K = 40 is not a multiple of 16"),
         (CPU, {"k": 33, "x_format": "fp8_e4m3", "weight_format": "mxfp4"}, "K = 33 is not a multiple of 32"),
@@ -277,7 +283,8 @@ def test_the_generic_kernel_is_for_few_tokens() -> None:
     chosen = select(CPU, problem(**int8, m=128))
     assert chosen.provider is None
     assert chosen.refusals[-1] == (
-        "cpp: from M = 128 on the generic kernel is slower than the compiled emulation; M is 128"
+        "cpp: from M = 128 on the generic kernel is slower than the compiled emulation; M is 128: "
+        "weights packed by load or quantize_ have faster ones"
     )
     mxfp4: dict[str, Any] = {"op": "prologue_gemm", "x_format": "mxfp4", "scale_rule": "even", "weight_format": "mxfp4"}
     assert select(CPU, problem(**mxfp4, m=4096)).provider.name == "cpp"

@@ -73,7 +73,7 @@ def test_fnuz_on_gfx942() -> None:
             for name in ("x_format", "weight_format")
             for format in ("fp8_e5m2", "mxfp8_e4m3", "int8", "fp8_e4m3_128x128")
         ),
-        ("sm_90", {"layout": "panel64"}, "has no kernel for the layout panel64"),
+        ("sm_90", {"layout": "panel64"}, "has no kernel for the layout panel64, which unpack_() undoes"),
         ("sm_90", {"experts": 4}, "has no kernel for experts"),
         ("sm_90", {"x_granularity": "per_group"}, "has no kernel for an activation scaled by groups"),
         ("sm_90", {"n": 40}, "N = 40 and K = 160 are not both multiples of 16"),
@@ -81,13 +81,18 @@ def test_fnuz_on_gfx942() -> None:
         (
             "sm_90",
             {"dtype": "float64"},
-            "the result's dtype is float64; with such scales it makes bfloat16, float16, float32",
+            "the result's dtype is float64; with such scales it makes bfloat16, float16, float32: "
+            "choose one with load(dtype=)",
         ),
-        ("sm_90", {"dtype": "float32", **ROWS}, "the result's dtype is float32; with such scales it makes bfloat16"),
+        (
+            "sm_90",
+            {"dtype": "float32", **ROWS},
+            "the result's dtype is float32; with such scales it makes bfloat16: choose one with load(dtype=)",
+        ),
         (
             "sm_90",
             {"dtype": "float16", "weight_scale_ndim": 1},
-            "the result's dtype is float16; with such scales it makes bfloat16",
+            "the result's dtype is float16; with such scales it makes bfloat16: choose one with load(dtype=)",
         ),
         ("sm_90", {"m": FEW_TOKENS - 1}, "is for 64 tokens and more, M is 63"),
     ],

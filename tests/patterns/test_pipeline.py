@@ -32,7 +32,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 PRESETS = ["mxfp4", "fp8", "fp8_dynamic", "ptpc_fp8", "ptpc_int8"]
 # Of a Linear with a quantized activation, when nobody may make kernels.
 OPS = "prologue_gemm, quantized_gemm, weight_only_gemm"
-EMULATED = f"{OPS}: {', '.join(provider_names()[:-1])}: option quark.provider is 'emulation'"
+EMULATED = f"{OPS}: {', '.join(provider_names()[:-1])}: option quark.provider is 'emulation': leave it out to ask all"
 
 
 class Mlp(nn.Module):

@@ -26,7 +26,7 @@ from quark_inductor.schemes.errors import NotFusedError, OptionError, ReportErro
 # Of a Linear with a quantized activation, when nobody may make kernels.
 EMULATED = (
     "prologue_gemm, quantized_gemm, weight_only_gemm: "
-    f"{', '.join(provider_names()[:-1])}: option quark.provider is 'emulation'"
+    f"{', '.join(provider_names()[:-1])}: option quark.provider is 'emulation': leave it out to ask all"
 )
 
 
@@ -98,7 +98,10 @@ def test_a_quantize_that_stays_outside_has_a_reason() -> None:
     assert rows(report)["up"] == ("cpp", True)
     assert report.linears[0].op == "quantized_gemm"
     refusals = report.linears[0].refusals
-    reason = "prologue_gemm: cpp: scale rule 'floor' takes a logarithm, which two libraries round differently"
+    reason = (
+        "prologue_gemm: cpp: scale rule 'floor' takes a logarithm, which two libraries round differently: "
+        "quantize with 'even'"
+    )
     assert refusals[-1] == reason
     assert [(kind.count, kind.reason) for kind in report.left] == [(1, "; ".join(refusals))]
 

@@ -9,8 +9,14 @@ from quark_inductor import __version__
 from quark_inductor.schemes.errors import DocumentError
 
 
-def read_document(text: str, kind: str, newest: int) -> dict[str, Any]:
+def read_document(text: str, kind: str, newest: int, *, nameless: bool = False) -> dict[str, Any]:
     """A document of some kind, of schema 1 to ``newest``.
+
+    Args:
+        text: the document.
+        kind: its kind.
+        newest: the newest schema that is known.
+        nameless: whether one that does not say its kind is taken for one of this.
 
     Raises:
         DocumentError: it is no JSON, of another kind, or of a schema that is not known.
@@ -20,8 +26,8 @@ def read_document(text: str, kind: str, newest: int) -> dict[str, Any]:
         raw = json.loads(text)
     except ValueError as e:
         raise DocumentError(f"this is no JSON ({e}); {expected}") from e
-    if not isinstance(raw, dict) or raw.get("kind") != kind:
-        found = f"of kind {raw.get('kind')!r}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
+    if not isinstance(raw, dict) or raw.get("kind", kind if nameless else None) != kind:
+        found = f"a document of kind {raw.get('kind')!r}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise DocumentError(f"this is {found}; {expected}")
     if raw.get("schema") not in range(1, newest + 1):
         raise DocumentError(

@@ -3,10 +3,10 @@
 from quark_inductor.schemes.errors import (
     CheckpointError,
     ConfigError,
+    DocumentError,
     NotFusedError,
     OptionError,
     QuarkInductorError,
-    ReportError,
     ShapeError,
     TrainingError,
 )
@@ -14,10 +14,10 @@ from quark_inductor.schemes.errors import (
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DocumentError",
     "NotFusedError",
     "OptionError",
     "QuarkInductorError",
-    "ReportError",
     "ShapeError",
     "TrainingError",
 ]

@@ -331,7 +331,7 @@ def profile_compile(
     from quark_inductor.patterns._inductor import clear_caches, fresh_cache
 
     model = getattr(model, "_orig_mod", model)
-    compiler = _compiler(backend, options)
+    compiler = compiler_of(backend, options)
     runs = []
     with fresh_cache():
         for _ in range(2):
@@ -351,7 +351,12 @@ def profile_compile(
     )
 
 
-def _compiler(backend: str, options: Mapping[str, Any] | None) -> Callable[[Any, Any], Any]:
+def compiler_of(backend: str, options: Mapping[str, Any] | None) -> Callable[[Any, Any], Any]:
+    """What compiles a graph of Dynamo's for its inputs.
+
+    Raises:
+        OptionError: an unknown backend or option.
+    """
     from quark_inductor.backend import compile_graph, split_options
     from quark_inductor.patterns._inductor import compile_fx
 

@@ -1,6 +1,5 @@
 """What became of a model's quantized Linears: which rules matched, who runs them, how fast, and why not better."""
 
-import html
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quark_inductor.documents import read_document
 from quark_inductor.schemes.base import QuarkLinear
-from quark_inductor.schemes.errors import ReportError
+from quark_inductor.schemes.errors import DocumentError
 from quark_inductor.schemes.experts import GroupedLinear, QuarkExperts
 
 if TYPE_CHECKING:
@@ -175,13 +175,13 @@ _HOW = "write a new one with quark_inductor.explain(...).to_json()"
 def _checked(where: str, found: Any, wanted: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
     """The wanted entries of a JSON object; others are left out."""
     if not isinstance(found, dict):
-        raise ReportError(f"{where} is a {type(found).__name__}, expected an object; {_HOW}")
+        raise DocumentError(f"{where} is a {type(found).__name__}, expected an object; {_HOW}")
     if missing := [name for name in wanted if name not in found]:
-        raise ReportError(f"{where} has no {missing[0]!r}, expected {', '.join(wanted)}; {_HOW}")
+        raise DocumentError(f"{where} has no {missing[0]!r}, expected {', '.join(wanted)}; {_HOW}")
     for name, types in wanted.items():
         if not isinstance(found[name], types):
             expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise ReportError(f"{where}.{name} is {found[name]!r}, expected {expected}; {_HOW}")
+            raise DocumentError(f"{where}.{name} is {found[name]!r}, expected {expected}; {_HOW}")
     return {name: found[name] for name in wanted}
 
 
@@ -195,7 +195,7 @@ def _linear(where: str, found: Any, schema: int) -> LinearReport:
         if row["runtime"] is not None:
             row["runtime"] = Runtime(**_checked(f"{where}.runtime", row["runtime"], _RUNTIME))
     if len(row["shape"]) != 2 or not all(isinstance(size, int) for size in row["shape"]):
-        raise ReportError(f"{where}.shape is {row['shape']}, expected N and K; {_HOW}")
+        raise DocumentError(f"{where}.shape is {row['shape']}, expected N and K; {_HOW}")
     lists = {name: tuple(row[name]) for name in ("shape", "rules", "refusals", "epilogue")}
     return LinearReport(formats=formats, **{**row, **lists})
 
@@ -211,7 +211,7 @@ class Report:
         left: what stays beside the fused ops.
         call: how long the model takes, if that was measured.
         machine: what it was measured on, see :meth:`quark_inductor.ceiling.Ceilings.facts`.
-        compile: how it was compiled, if that was recorded.
+        compile: where the time of compiling went, with a timeline; as a run in ``schemas/profile.json``.
     """
 
     graphs: int
@@ -234,22 +234,11 @@ class Report:
         """The report that :meth:`to_json` wrote, of this version or an older one: schema 2 or 1.
 
         Raises:
-            ReportError: it is something else.
+            DocumentError: it is something else.
         """
-        try:
-            found = json.loads(text)
-        except ValueError as e:
-            raise ReportError(f"this is no JSON ({e}), expected a report of quark-inductor; {_HOW}") from e
-        if not isinstance(found, dict) or found.get("kind", "report") != "report" or "schema" not in found:
-            kind = (
-                f"an object of kind {found['kind']!r}" if isinstance(found, dict) and "kind" in found else "no report"
-            )
-            raise ReportError(f"this is {kind}, expected a report of quark-inductor; {_HOW}")
-        if (schema := found["schema"]) not in (1, SCHEMA):
-            raise ReportError(
-                f"the report's schema is {schema!r}, expected 1 or {SCHEMA}; if a newer quark-inductor wrote it, "
-                f"update this one, else {_HOW}"
-            )
+        # One of schema 1 does not say its kind.
+        found = read_document(text, "report", SCHEMA, nameless=True)
+        schema = found["schema"]
         report = _checked("report", found, _REPORT_1 if schema == 1 else _REPORT_2)
         report["linears"] = tuple(_linear(f"linears[{i}]", row, schema) for i, row in enumerate(report["linears"]))
         kinds = [_checked(f"left[{i}]", kind, _LEFT) for i, kind in enumerate(report["left"])]
@@ -257,20 +246,6 @@ class Report:
         if report.get("call") is not None:
             report["call"] = Call(**_checked("call", report["call"], _CALL))
         return cls(**report)
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                r.name or "(unnamed)",
-                r.scheme,
-                f"{r.shape[0]} x {r.shape[1]}",
-                r.provider,
-                r.op,
-                " + ".join(r.rules),
-                "; ".join(r.refusals),
-            )
-            for r in self.linears
-        ]
 
     @property
     def headline(self) -> str:
@@ -323,18 +298,10 @@ class Report:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """A page with one row a Linear."""
-        titles = ("name", "scheme", "N x K", "provider", "op", "rules", "refusals")
+        """A page for a browser: the summary, the timeline of the compilation, and a row a Linear."""
+        from quark_inductor.page import page
 
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        rows = [row(titles, "th"), *(row(cells, "td") for cells in self._rows())]
-        left = [f"<li>{html.escape(f'{kind.count}: {kind.reason}')}</li>" for kind in self.left]
-        return (
-            f"<!doctype html><meta charset=utf-8><title>quark-inductor</title><h1>{html.escape(self.headline)}</h1>"
-            f"<table border=1>{''.join(rows)}</table><h2>Left in the graphs</h2><ul>{''.join(left)}</ul>"
-        )
+        return page("Quantized Linears", self.headline, report=json.loads(self.to_json()))
 
 
 def _size(count: int) -> str:
@@ -410,13 +377,15 @@ def explain(
     from quark_inductor.patterns.base import layer_of
     from quark_inductor.patterns.pipeline import collect_results
     from quark_inductor.patterns.selection import KEY
+    from quark_inductor.profile import Run, compiler_of, recorded
+    from quark_inductor.recorder import Recorder
     from quark_inductor.runtime import OPTIONS, Measured, Ranges
 
     model = getattr(model, "_orig_mod", model)
     torch._dynamo.reset()
     options = {**(options or {}), **(OPTIONS if measure else {})}
-    compiled = torch.compile(model, backend="quark", dynamic=dynamic, options=options)
-    ranges = Ranges()
+    recorder, ranges = Recorder(), Ranges()
+    compiled = torch.compile(model, backend=recorded(compiler_of("quark", options), recorder), dynamic=dynamic)
 
     def range_of(gemm: Any) -> str:
         return ranges.name(gemm.meta[KEY], _name(layer_of(gemm))) if measure and KEY in gemm.meta else ""
@@ -428,7 +397,8 @@ def explain(
         watch_gemms(range_of) as kernels,
         unwrapped_errors(),
     ):
-        compiled(*args, **kwargs)
+        with recorder:
+            compiled(*args, **kwargs)
         of_key: dict[int, list[GemmKernel]] = {}
         for kernel in kernels:
             of_key.setdefault(kernel.node.meta.get(KEY, -1), []).append(kernel)
@@ -454,7 +424,8 @@ def explain(
         for reason, layers in left.items()
     )
     everything = *rows, *_not_compiled(named, {row.name for row in rows})
-    return Report(len(results), everything, dict(rules), kinds, measured.call, measured.machine)
+    compilation = Run.of(recorder).to_dict()
+    return Report(len(results), everything, dict(rules), kinds, measured.call, measured.machine, compilation)
 
 
 def _name(layer: str) -> str:

@@ -31,7 +31,3 @@ class NotFusedError(QuarkInductorError, RuntimeError):
 
 class TrainingError(QuarkInductorError, RuntimeError):
     """A gradient was asked through a quantization that has none."""
-
-
-class ReportError(QuarkInductorError, ValueError):
-    """A file that should hold a report of this package and does not."""

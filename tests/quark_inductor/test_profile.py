@@ -205,7 +205,7 @@ def test_an_older_file_still_loads() -> None:
     [
         ("{", "this is no JSON"),
         ("[]", "this is a list; expected a profile"),
-        ('{"kind": "report", "schema": 2}', "of kind 'report'; expected a profile"),
+        ('{"kind": "report", "schema": 2}', "a document of kind 'report'; expected a profile"),
         ('{"kind": "profile", "schema": 99}', "has schema 99, .* knows 1 to 1"),
         ('{"kind": "profile", "schema": 1, "cold": {}}', "is not whole"),
     ],

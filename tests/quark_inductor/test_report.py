@@ -21,7 +21,7 @@ import quark_inductor as qi
 from quark_inductor.lowering import providers  # noqa: F401
 from quark_inductor.lowering.base import provider_names
 from quark_inductor.report import Bytes, Call, Report, Runtime
-from quark_inductor.schemes.errors import NotFusedError, OptionError, ReportError
+from quark_inductor.schemes.errors import DocumentError, NotFusedError, OptionError
 
 # Of a Linear with a quantized activation, when nobody may make kernels.
 EMULATED = (
@@ -106,7 +106,9 @@ def test_a_quantize_that_stays_outside_has_a_reason() -> None:
     assert [(kind.count, kind.reason) for kind in report.left] == [(1, "; ".join(refusals))]
 
 
-SCHEMA = json.loads(files("quark_inductor").joinpath("schemas/report.json").read_text())
+SCHEMA, PROFILE_SCHEMA = (
+    json.loads(files("quark_inductor").joinpath(f"schemas/{kind}.json").read_text()) for kind in ("report", "profile")
+)
 
 
 def test_the_json() -> None:
@@ -145,6 +147,12 @@ def test_reports_are_valid_and_wrong_ones_are_not() -> None:
         report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": provider})
         validator.validate(json.loads(report.to_json()))
     good = json.loads(report.to_json())
+    # The run is one of a profile, and its timeline is in the page.
+    run = {**PROFILE_SCHEMA, "required": [], "$ref": "#/$defs/run"}
+    jsonschema.validate(good["compile"], run)
+    assert good["compile"]["graphs"] == 1
+    assert 0 <= good["compile"]["unattributed_s"] < 0.05 * good["compile"]["wall_s"]
+    assert "fw_compiler_base" in report.to_html()
     runtime = {"us": 1.0, "calls": 1, "gb_s": 1.0, "gflop_s": None, "bound": "luck", "of_ceiling": 0.5}
     wrong: tuple[Callable[[Any], Any], ...] = (
         lambda r: r.update(schema=1),
@@ -229,10 +237,10 @@ def test_it_reads_an_old_report() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"this is no JSON \(.*\), expected a report of quark-inductor; write a new one with"),
-        ("[]", "this is no report, expected a report"),
-        ('{"schema": 1, "kind": "profile"}', "this is an object of kind 'profile', expected a report"),
-        ('{"schema": 3}', "the report's schema is 3, expected 1 or 2; if a newer quark-inductor wrote it, update"),
+        ("{", r"this is no JSON \(.*\); expected a report"),
+        ("[]", "this is a list; expected a report"),
+        ('{"schema": 1, "kind": "profile"}', "this is a document of kind 'profile'; expected a report"),
+        ('{"schema": 3}', "this report has schema 3, and .* knows 1 to 2: read it with the version that wrote it"),
         ('{"schema": 1, "graphs": 1}', "report has no 'linears', expected graphs, linears, rules, left"),
         (
             '{"schema": 1, "graphs": "1", "linears": [], "rules": {}, "left": []}',
@@ -245,7 +253,7 @@ def test_it_reads_an_old_report() -> None:
     ],
 )
 def test_a_broken_report_is_told(text: str, message: str) -> None:
-    with pytest.raises(ReportError, match=message):
+    with pytest.raises(DocumentError, match=message):
         Report.from_json(text)
 
 
@@ -259,7 +267,7 @@ def test_a_row_of_a_broken_report_is_told() -> None:
     ):
         bad = copy.deepcopy(good)
         bad["linears"][0].update(changes)
-        with pytest.raises(ReportError, match=message):
+        with pytest.raises(DocumentError, match=message):
             Report.from_json(json.dumps(bad))
 
 

@@ -95,7 +95,7 @@ def _lacks(isa: str, can: Mapping[str, bool]) -> str | None:
 
 def _isa(forced: str | None) -> str:
     can, found = torch.cpu.get_capabilities(), ["portable"]
-    for isa in reversed(ISA_LEVELS):
+    for isa in reversed(list(ISA_LEVELS)):
         if _lacks(isa, can) is not None:
             break
         found.append(isa)

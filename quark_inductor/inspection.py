@@ -159,14 +159,9 @@ class Inspection:
 
     def _sizes(self) -> Iterable[str]:
         quantized = [g for g in self.groups if g.quantized]
-        codes, scales, other = (
-            sum(len(g.names) * size for g, size in sizes)
-            for sizes in (
-                [(g, g.codes) for g in quantized],
-                [(g, g.scales) for g in quantized],
-                [(g, g.other) for g in quantized],
-            )
-        )
+        codes = sum(len(g.names) * g.codes for g in quantized)
+        scales = sum(len(g.names) * g.scales for g in quantized)
+        other = sum(len(g.names) * g.other for g in quantized)
         floats = self.total - self.rest - codes - scales - other
         yield (
             f"{_bytes(self.total)} in {_count(self.tensors, 'tensor')} and {_count(self.files, 'file')}: quantized "
@@ -378,33 +373,29 @@ def _groups(found: loading.Skeleton, here: Sequence[str]) -> list[Group]:
 def _float_experts(found: loading.Skeleton, here: Sequence[str]) -> list[Group]:
     """Experts that a checkpoint has as one parameter: ``[E, N, K]``, or ``[E, K, N]`` in some models."""
     runs = {device: _inductor() for device in here}
-    alike: dict[Hashable, list[str]] = {}
+    alike: dict[Hashable, tuple[list[str], Group]] = {}
     for owner, module in experts_of(found.model):
-        for name, p in module.named_parameters(recurse=False):
-            if p.ndim == 3:
-                bias = found.stored.get(f"{owner}.{name}_bias")
-                key = _template(f"{owner}.{name}"), tuple(p.shape), None if bias is None else _size(bias)
-                alike.setdefault(key, []).append(f"{owner}.{name}")
-    groups = []
-    for (_, shape, bias), names in alike.items():  # type: ignore[misc]
-        stored = found.stored.get(names[0])
-        groups.append(
-            Group(
-                names=tuple(names),
+        for parameter, p in module.named_parameters(recurse=False):
+            if p.ndim != 3:
+                continue
+            name = f"{owner}.{parameter}"
+            weight, bias = found.stored.get(name), found.stored.get(f"{name}_bias")
+            group = Group(
+                names=(),
                 scheme=FLOAT,
                 quantized=False,
                 spec="",
-                shape=(shape[1], shape[2]),
+                shape=(p.shape[1], p.shape[2]),
                 bias=bias is not None,
                 experts=True,
-                projection=names[0].rpartition(".")[2],
-                codes=0 if stored is None else _size(stored),
+                projection=parameter,
+                codes=0 if weight is None else _size(weight),
                 scales=0,
-                other=bias or 0,
+                other=0 if bias is None else _size(bias),
                 runs=runs,
             )
-        )
-    return groups
+            alike.setdefault((_template(name), group.shape, group.other), ([], group))[0].append(name)
+    return [dataclasses.replace(group, names=tuple(names)) for names, group in alike.values()]
 
 
 def _inductor() -> dict[str, Run]:

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,9 +58,14 @@ def current(device_type: str = "cpu") -> Target:
         return Target(device_type="cpu", arch=platform.machine(), isa=_isa(forced))
     if device_type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gcn = getattr(properties, "gcnArchName", "").partition(":")[0]
-        return Target(device_type="cuda", arch=gcn or f"sm_{properties.major}{properties.minor}")
+        return Target(device_type="cuda", arch=gpu_arch(properties))
     return Target(device_type=device_type, arch="unknown")
+
+
+def gpu_arch(properties: Any) -> str:
+    """A GPU's architecture: ``"sm_90"``, ``"gfx942"``."""
+    gcn = getattr(properties, "gcnArchName", "").partition(":")[0]
+    return gcn or f"sm_{properties.major}{properties.minor}"
 
 
 def rocm_version() -> tuple[int, int] | None:

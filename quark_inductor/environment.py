@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from quark_inductor import __version__, machine
 from quark_inductor.forecast import forms
 from quark_inductor.lowering import aiter
+from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import EMULATION, No, answers, provider_names
-from quark_inductor.lowering.target import current, isa_refusals
 from quark_inductor.patterns._inductor import default_cache_dir
 from quark_inductor.schemes.base import QuarkLinear, scheme_for
 from quark_inductor.schemes.errors import QuarkInductorError
@@ -178,7 +177,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> Environment:
         variables: the environment before torch was imported, which sets some.
     """
     try:
-        isa, refusals = current().isa, isa_refusals()
+        isa, refusals = targets.current().isa, targets.isa_refusals()
     except QuarkInductorError as e:
         isa, refusals = f"nothing: {e}", {}
     found = aiter.modules()
@@ -186,7 +185,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> Environment:
         versions={
             "quark-inductor": __version__,
             "torch": torch.__version__,
-            **{name: _version(name) for name in PACKAGES},
+            **{name: machine.version_of(name) or None for name in PACKAGES},
             "CUDA": torch.version.cuda,
             "ROCm": torch.version.hip,
         },
@@ -205,19 +204,11 @@ def environment(variables: Mapping[str, str] = os.environ) -> Environment:
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _gpus() -> tuple[Mapping[str, Any], ...]:
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        with torch.cuda.device(i):
-            arch = current.__wrapped__("cuda").arch
+        arch = targets.gpu_arch(properties)
         gpus.append({"name": properties.name, "arch": arch, "memory_bytes": properties.total_memory})
     return tuple(gpus)
 
@@ -229,7 +220,7 @@ def _answers(device: str) -> dict[str, tuple[Answer, ...]]:
         spec = scheme_for(PRESETS[scheme])
         linear = QuarkLinear(FEATURES, FEATURES, spec, bias=False, dtype=torch.bfloat16, device="meta")
         try:
-            target, asked = current(device), zip(TOKENS, forms(linear, TOKENS, device), strict=True)
+            target, asked = targets.current(device), zip(TOKENS, forms(linear, TOKENS, device), strict=True)
         except QuarkInductorError as e:  # QUARK_INDUCTOR_ISA names no level of this CPU
             for said in found.values():
                 said += [Answer(scheme, tokens, "", str(e)) for tokens in TOKENS]

@@ -125,7 +125,8 @@ def header(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: not a regular file; download or export it again")
     try:
-        with safe_open(path, framework="pt") as file:
+        # For torch the whole file is mapped so that it could be written to, which memory must be there for.
+        with safe_open(path, framework="np") as file:
             for name in file.keys():
                 view = file.get_slice(name)
                 dtype = _DTYPES.get(view.get_dtype())

@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.fx import Graph
 
 from quark_inductor.lowering import providers  # noqa: F401
+from quark_inductor.lowering import target as targets
 from quark_inductor.lowering.base import GemmProblem
-from quark_inductor.lowering.target import current
 from quark_inductor.patterns._inductor import fwd_only, remove_noop_ops, unset_fake_temporarily
 from quark_inductor.patterns.base import History, Options, registered_rules
 from quark_inductor.patterns.canonicalize import hoist_views
@@ -146,7 +146,7 @@ def _stand_in(linear: QuarkLinear, device: str) -> QuarkLinear:
     )
     parameters = dict(linear.named_parameters(recurse=False))
     set_parameters(new, **{name: _empty(tuple(p.shape), p.dtype, device) for name, p in parameters.items()})
-    new.scheme.adapt_to(new, current(device).arch)
+    new.scheme.adapt_to(new, targets.current(device).arch)
     new.pack_(_layout)
     return new
 

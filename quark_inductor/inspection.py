@@ -16,7 +16,7 @@ from torch import nn
 from quark_inductor import files, loading
 from quark_inductor.experts import experts_of
 from quark_inductor.forecast import forecast, forecast_experts, kind_of
-from quark_inductor.lowering.target import current
+from quark_inductor.lowering import target as targets
 from quark_inductor.patterns.selection import LinearResult
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import QuarkInductorError
@@ -186,7 +186,8 @@ class Inspection:
 def _cell(group: Group, runs: Mapping[str, Run], notes: dict[str, str]) -> str:
     def who(run: Run) -> str:
         text = f"{run.provider} {run.op}".strip()
-        for reason in run.refusals:
+        # Of one that is fused they say why a neighbour quantizes for it.
+        for reason in () if run.fused else run.refusals:
             text += notes.setdefault(reason, f"[{len(notes) + 1}]")
         return text
 
@@ -194,7 +195,7 @@ def _cell(group: Group, runs: Mapping[str, Run], notes: dict[str, str]) -> str:
     grouped = f", all experts' {group.projection} at once" if group.projection else ""
     if len(set(texts.values())) <= 1:
         return "".join(list(texts.values())[:1]) + grouped
-    return ", ".join(f"{tokens} tokens: {text}" for tokens, text in texts.items()) + grouped
+    return ", ".join(f"{_count(tokens, 'token')}: {text}" for tokens, text in texts.items()) + grouped
 
 
 def _bytes(count: int) -> str:
@@ -255,7 +256,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def devices() -> dict[str, str]:
     """The kinds of devices that torch can use here, by its name, and what each is."""
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {name: str(current(name)).removeprefix(f"{name} ") for name in names}
+    return {name: str(targets.current(name)).removeprefix(f"{name} ") for name in names}
 
 
 def inspect(path: str | Path) -> Inspection:

@@ -357,7 +357,7 @@ def _run_tables(runs: _Runs) -> list[tuple[str, Table | None]]:
         (
             name_of[name],
             Cell(_text(item.get("cache")), style="name"),
-            *(_number_cell(item.get(key)) for key in ("hits", "misses", "bypasses")),
+            *(_number_cell(item.get(key)) for key in ("hits", "misses", "bypasses", "disabled")),
             Cell(_text(item.get("reasons")), style="long"),
         )
         for name, item in _events(runs, "caches")

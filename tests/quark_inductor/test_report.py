@@ -52,12 +52,22 @@ def net(scheme: str = "mxfp4") -> nn.Module:
     return qi.quantize_(Net(), scheme, exclude=("head",))
 
 
+@pytest.fixture(scope="module")
+def fused() -> Report:
+    return qi.explain(net(), torch.randn(3, 64))
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Report:
+    return qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"})
+
+
 def rows(report: Report) -> dict[str, tuple[str, bool]]:
     return {r.name: (r.provider, r.fused) for r in report.linears}
 
 
-def test_what_runs_where() -> None:
-    report = qi.explain(net(), torch.randn(3, 64))
+def test_what_runs_where(fused: Report) -> None:
+    report = fused
     assert rows(report) == {"up": ("cpp", True), "unused": ("eager", False)}
     up, unused = report.linears
     assert (up.scheme, up.shape, up.op, up.graph) == ("w4a4_mxfp4", (96, 64), "prologue_gemm", 0)
@@ -72,12 +82,11 @@ def test_what_runs_where() -> None:
     }
 
 
-def test_the_emulation_has_a_reason() -> None:
-    report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"})
-    assert rows(report)["up"] == ("emulation", False)
-    (reason,) = report.linears[0].refusals
+def test_the_emulation_has_a_reason(emulated: Report) -> None:
+    assert rows(emulated)["up"] == ("emulation", False)
+    (reason,) = emulated.linears[0].refusals
     assert reason == EMULATED
-    (kind,) = report.left
+    (kind,) = emulated.left
     assert (kind.reason, kind.count, kind.layers) == (reason, 3, ("up",))  # quantize, dequantize, dequantize
 
 
@@ -140,19 +149,18 @@ def test_the_json() -> None:
     assert found["linears"][1]["bytes"] == {"weight": 64 * 64 + 64 * 4 + 64 * 4, "activation": None, "output": None}
 
 
-def test_reports_are_valid_and_wrong_ones_are_not() -> None:
+def test_reports_are_valid_and_wrong_ones_are_not(fused: Report, emulated: Report) -> None:
     validator = jsonschema.Draft202012Validator(SCHEMA)
     validator.check_schema(SCHEMA)
-    for provider in ("cpp", "emulation"):
-        report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": provider})
-        validator.validate(json.loads(report.to_json()))
-    good = json.loads(report.to_json())
+    validator.validate(json.loads(fused.to_json()))
+    good = json.loads(emulated.to_json())
+    validator.validate(good)
     # The run is one of a profile, and its timeline is in the page.
     run = {**PROFILE_SCHEMA, "required": [], "$ref": "#/$defs/run"}
     jsonschema.validate(good["compile"], run)
     assert good["compile"]["graphs"] == 1
     assert 0 <= good["compile"]["unattributed_s"] < 0.05 * good["compile"]["wall_s"]
-    assert "fw_compiler_base" in report.to_html()
+    assert "fw_compiler_base" in emulated.to_html()
     runtime = {"us": 1.0, "calls": 1, "gb_s": 1.0, "gflop_s": None, "bound": "luck", "of_ceiling": 0.5}
     wrong: tuple[Callable[[Any], Any], ...] = (
         lambda r: r.update(schema=1),
@@ -208,9 +216,9 @@ def test_any_number_of_tokens() -> None:
     assert "any number of tokens; " in str(report)
 
 
-def test_it_reads_what_it_wrote() -> None:
+def test_it_reads_what_it_wrote(emulated: Report) -> None:
     report = dataclasses.replace(
-        qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"}),
+        emulated,
         call=Call(9.0, 4.5, 7),
         machine={"threads": 2},
         compile={"wall_s": 1.5},
@@ -257,8 +265,8 @@ def test_a_broken_report_is_told(text: str, message: str) -> None:
         Report.from_json(text)
 
 
-def test_a_row_of_a_broken_report_is_told() -> None:
-    good = json.loads(qi.explain(net(), torch.randn(3, 64)).to_json())
+def test_a_row_of_a_broken_report_is_told(fused: Report) -> None:
+    good = json.loads(fused.to_json())
     for changes, message in (
         ({"shape": [96]}, r"linears\[0\]\.shape is \[96\], expected N and K"),
         ({"tokens": "3"}, r"linears\[0\]\.tokens is '3', expected int or null"),
@@ -271,7 +279,7 @@ def test_a_row_of_a_broken_report_is_told() -> None:
             Report.from_json(json.dumps(bad))
 
 
-def test_it_prints_a_summary_and_alike_linears_once() -> None:
+def test_it_prints_a_summary_and_alike_linears_once(emulated: Report) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 32))
     report = qi.explain(qi.quantize_(model, "mxfp4", exclude=()), torch.randn(3, 64))
     assert str(report).splitlines() == [
@@ -285,30 +293,27 @@ def test_it_prints_a_summary_and_alike_linears_once() -> None:
         "  3: w4a4_mxfp4 32 x 64, cpp prologue_gemm (block_weight + block_activation + block_prologue)",
         "    3 tokens; quantizes its activation (mxfp4 even); weight 2.3 kB, activation 768 B, output 384 B",
     ]
-    report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"})
-    assert report.summary.splitlines()[-2:] == [f"  1 x {EMULATED}", f"  1 x {report.linears[1].refusals[0]}"]
+    assert emulated.summary.splitlines()[-2:] == [f"  1 x {EMULATED}", f"  1 x {emulated.linears[1].refusals[0]}"]
 
 
-def test_the_html_holds_every_row_and_escapes() -> None:
+def test_the_html_holds_every_row_and_escapes(emulated: Report) -> None:
     cells: list[str] = []
 
     class Parser(HTMLParser):
         def handle_data(self, data: str) -> None:
             cells.append(data)
 
-    report = qi.explain(net(), torch.randn(3, 64), options={"quark.provider": "emulation"})
-    page = report.to_html()
+    page = emulated.to_html()
     Parser().feed(page)
-    assert {"up", "unused", "emulation", report.linears[0].refusals[0]} <= set(cells)
+    assert {"up", "unused", "emulation", emulated.linears[0].refusals[0]} <= set(cells)
     assert "option quark.provider is 'emulation'" not in page  # the quotes are escaped
 
 
-def test_strict_raises_with_the_same_text() -> None:
+def test_strict_raises_with_the_same_text(emulated: Report) -> None:
     model, x = net(), torch.randn(3, 64)
-    report = qi.explain(model, x, options={"quark.provider": "emulation"})
     with pytest.raises(NotFusedError) as error:
         qi.explain(model, x, options={"quark.provider": "emulation", "quark.strict": True})
-    assert f"up: {report.linears[0].refusals[0]}" in str(error.value)
+    assert f"up: {emulated.linears[0].refusals[0]}" in str(error.value)
     with pytest.raises(OptionError, match=r"there is no option 'quark\.fast'"):
         qi.explain(model, x, options={"quark.fast": True})
 

@@ -11,6 +11,7 @@ from quark_inductor.lowering.base import (
     GemmProblem,
     No,
     Provider,
+    answers,
     forcing,
     gemm_problem,
     provider_keys,
@@ -350,3 +351,18 @@ def test_a_format_of_somebody_elses_needs_what_most_do(add: Callable[..., type[P
     other = problem(op="toy_gemm", weight_format="toy")
     assert type(select(Target(device_type="cuda", arch="sm_70"), other).provider) is able
     assert select(Target(device_type="cuda", arch="sm_61"), other).provider is None
+
+
+def test_all_are_asked(add: Callable[..., type[Provider]]) -> None:
+    """Those after the first that can, too."""
+    add("first", None)
+    add("second", No("too large"))
+    cpu = Target(device_type="cpu", arch="x86_64")
+    said = answers(cpu, problem(op="toy_gemm", weight_format="toy"))
+    assert tuple(said) == provider_names()[:-1]
+    assert said["first"] is None
+    assert said["second"] == No("too large")
+    below = answers(Target(device_type="cuda", arch="sm_70"), problem(weight_format="fp8_e4m3"))
+    assert {answer and answer.reason.partition(",")[0] for answer in below.values()} == {
+        "sm_70 is below compute capability 8.9"
+    }

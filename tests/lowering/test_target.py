@@ -101,3 +101,37 @@ def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: asked.append(None) or {})
     assert target.current() is target.current()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("lacking", "variable", "refusals"),
+    [
+        (
+            "avx512_vnni",
+            None,
+            {
+                "avx512_vnni": "the CPU has no avx512_vnni",
+                "avx512_bf16": "it needs all of avx512_vnni",
+                "amx": "the system does not let a process use AMX",
+            },
+        ),
+        (
+            "avx512_vbmi",
+            "avx2",
+            {
+                "avx512_vnni": "QUARK_INDUCTOR_ISA is 'avx2'",
+                "avx512_bf16": "the CPU has no avx512_vbmi",
+                "amx": "the system does not let a process use AMX",
+            },
+        ),
+        (None, None, {"amx": "the system does not let a process use AMX"}),
+    ],
+)
+def test_why_not_a_higher_level(
+    monkeypatch: pytest.MonkeyPatch, lacking: str | None, variable: str | None, refusals: dict[str, str]
+) -> None:
+    everything = {**EVERYTHING, **dict.fromkeys(target.ISA_LEVELS["avx512_bf16"] + target.ISA_LEVELS["amx"], True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**everything, **({lacking: False} if lacking else {})})
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    monkeypatch.setenv("QUARK_INDUCTOR_ISA", variable or "")
+    assert target.isa_refusals() == refusals

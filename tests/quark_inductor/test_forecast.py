@@ -20,9 +20,8 @@ from quark_inductor.schemes.spec import PRESETS
 from quark_inductor.testing import rewrite
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# Two schemes in one model; experts with biases.
-NAMES = ("mxfp4_attn_ptpc", "moe_gpt_oss_mxfp4")
-MORE = ("nvfp4", "int4_wo_32", "fp8_kv_fp8", "int8_perchannel_asym_fp32", "moe_mixtral_int8")
+NAMES = ("moe_gpt_oss_mxfp4",)
+MORE = ("mxfp4_attn_ptpc", "nvfp4", "int4_wo_32", "fp8_kv_fp8", "int8_perchannel_asym_fp32", "moe_mixtral_int8")
 TOKENS = (1,)
 OFF = {"quark.provider": "emulation"}
 

@@ -182,7 +182,9 @@ class Result:
 
     def write_json(self, path: Path) -> None:
         """Rows, what is missing, settings and machine."""
-        path.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"schema": 1, "kind": "benchmark", **asdict(self)}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 class _Candidate:

@@ -263,6 +263,7 @@ def run(schemes: Sequence[str], cache: Path, json_path: Path | None) -> int:
     if json_path is not None:
         payload = {
             "schema": 1,
+            "kind": "demo",
             "question": QUESTION,
             "torch": torch.__version__,
             "results": [asdict(r) for r in results],

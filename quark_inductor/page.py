@@ -406,9 +406,10 @@ def _run_facts(runs: _Runs) -> list[Fact]:
                 f"{_count(kernels[key]):,} {key}" for key in ("deduplicated", "reused") if number(kernels.get(key))
             ]
             facts.append(Fact(f"kernels compiled, {name}", f"{_count(kernels['compiled']):,}", ", ".join(notes)))
-    peaks = [peak for run in runs.values() if (peak := number(run.get("peak_memory_bytes"))) is not None]
-    if peaks:
-        facts.append(Fact("peak memory", size(max(peaks))))
+    for key, label in (("peak_memory_bytes", "peak memory"), ("peak_gpu_memory_bytes", "peak memory, GPU")):
+        peaks = [peak for run in runs.values() if (peak := number(run.get(key))) is not None]
+        if peaks:
+            facts.append(Fact(label, size(max(peaks))))
     return facts
 
 

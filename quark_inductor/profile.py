@@ -33,6 +33,7 @@ class Run:
         caches: graphs that were looked up in caches.
         peak_memory_bytes: the most memory that this process had meanwhile, the model's own included; ``None`` where the
             system does not say. Compilers are processes of their own.
+        peak_gpu_memory_bytes: the most memory that torch had on the GPU; ``None`` without one.
         spans: everything that was timed in any thread: the timeline.
     """
 
@@ -46,6 +47,7 @@ class Run:
     recompiles: tuple[Break, ...] = ()
     caches: tuple[Cache, ...] = ()
     peak_memory_bytes: int | None = None
+    peak_gpu_memory_bytes: int | None = None
     spans: tuple[Span, ...] = ()
 
     @classmethod
@@ -62,6 +64,7 @@ class Run:
             recompiles=recorder.recompiles,
             caches=recorder.caches(),
             peak_memory_bytes=recorder.peak_bytes,
+            peak_gpu_memory_bytes=recorder.peak_gpu_bytes,
             spans=tuple(recorder.spans),
         )
 
@@ -215,6 +218,8 @@ def _sentence(run: Run) -> str:
         parts.append(f"{bypasses} cache bypasses")
     if run.peak_memory_bytes is not None:
         parts.append(f"peak {run.peak_memory_bytes / 1e6:.0f} MB")
+    if run.peak_gpu_memory_bytes is not None:
+        parts.append(f"on the GPU {run.peak_gpu_memory_bytes / 1e6:.0f} MB")
     return ", ".join(parts)
 
 
@@ -287,8 +292,9 @@ def _figures(run: Run) -> Iterator[tuple[str, float, str]]:
     yield "kernels", run.kernels.distinct, ""
     yield "kernels compiled", run.kernels.compiled, ""
     yield "cache bypasses", sum(cache.bypasses for cache in run.caches), ""
-    if run.peak_memory_bytes is not None:
-        yield "peak memory", run.peak_memory_bytes / 1e6, "MB"
+    for label, size in (("peak memory", run.peak_memory_bytes), ("peak GPU memory", run.peak_gpu_memory_bytes)):
+        if size is not None:
+            yield label, size / 1e6, "MB"
 
 
 def _deltas(name: str, base: Run, now: Run) -> Iterator[Delta]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from quark_inductor import machine
 
 FIRST_RUN = "quark.first_run"
@@ -212,6 +214,7 @@ class Recorder:
         root: the tree of what this thread did; its ``s`` is the time on the clock, its ``self_s`` what no event covers.
         spans: all events of all threads, in the order in which they began.
         peak_bytes: most memory of this process, ``None`` where the system does not say.
+        peak_gpu_bytes: most memory that torch had on the GPU, ``None`` without one.
         graphs: how many graphs the backend was given.
         graph_breaks: where Dynamo ended a graph, and why.
         recompiles: frames that were compiled again, and why.
@@ -221,6 +224,7 @@ class Recorder:
         self.root = Node("", OTHER)
         self.spans: list[Span] = []
         self.peak_bytes: int | None = None
+        self.peak_gpu_bytes: int | None = None
         self.graphs = 0
         self.graph_breaks: tuple[Break, ...] = ()
         self.recompiles: tuple[Break, ...] = ()
@@ -239,6 +243,8 @@ class Recorder:
         from quark_inductor.patterns._inductor import compile_events, compiled_frames, counters
 
         self._memory = machine.PeakMemory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self._main = threading.get_ident()
         self._breaks_before = Counter(counters["graph_break"])
         self._frames = self._stack.enter_context(compiled_frames())
@@ -259,6 +265,7 @@ class Recorder:
         )
         self.graph_breaks = tuple(self._graph_breaks(Counter(counters["graph_break"]) - self._breaks_before))
         self.peak_bytes = self._memory.peak()
+        self.peak_gpu_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         self.root.s = (end - self._start) / 1e9
         self.root.self_s = self.root.s - sum(node.s for node in self.root.children)
 

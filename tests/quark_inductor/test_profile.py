@@ -315,3 +315,24 @@ def test_a_regression_is_marked(profile: Profile) -> None:
 def test_runs_are_read_as_they_were_written(profile: Profile) -> None:
     run = functools.reduce(lambda run, _: Run.from_dict(run.to_dict()), range(2), profile.cold)
     assert run.to_dict() == profile.cold.to_dict()
+
+
+@pytest.mark.demo
+@pytest.mark.timeout(900)
+def test_the_tree_of_a_real_model_adds_up() -> None:
+    """30 blocks, 210 quantized Linears."""
+    from quark_inductor import demo, machine
+
+    _, model = demo.load_float(demo.fetch_model(machine.cache_folder()))
+    start = time.perf_counter()
+    profile = qi.profile_compile(
+        qi.quantize_(model, "mxfp4"), input_ids=torch.arange(16)[None], use_cache=False, dynamic=False
+    )
+    clock = time.perf_counter() - start
+    assert 0.9 * clock < profile.cold.wall_s + profile.warm.wall_s <= clock
+    for run in profile.runs.values():
+        assert sum(top.s for top in run.tree) == pytest.approx(run.wall_s, rel=0.05)
+        assert sum(run.phases.values()) == pytest.approx(run.wall_s, rel=0.05)
+    assert profile.cold.seconds("quark.block_weight") > 0
+    assert profile.cold.kernels.calls is not None
+    assert profile.cold.kernels.calls >= 210 > profile.cold.kernels.distinct == profile.cold.kernels.compiled

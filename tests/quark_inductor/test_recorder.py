@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quark_inductor import recorder as recorders
 from quark_inductor.patterns._inductor import CompileEvent
+from quark_inductor.profile import Run
 from quark_inductor.recorder import Recorder, phase_of
 
 
@@ -106,6 +108,18 @@ def test_kernels_that_triton_builds(scripted: Scripted) -> None:
     (kernel,) = found.kernels().built
     assert (kernel.name, kernel.compiler, kernel.s) == ("triton_one", "triton", 0.25)
     assert found.kernels().compiled == 1
+
+
+def test_memory_of_a_gpu(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: len(seen) * 1_000_000)
+    with scripted.recorder as found:
+        scripted.now = 1
+    assert (seen, found.peak_gpu_bytes) == (["reset"], 1_000_000)
+    run = Run.of(found)
+    assert run.to_dict()["peak_gpu_memory_bytes"] == 1_000_000
 
 
 def test_names_of_torchs_that_mean_something_else() -> None:

@@ -110,7 +110,8 @@ def one_after_the_other(
     """Expert by expert, the gate of :class:`Gated`: each result times its weight, rounded, and added up in a dtype."""
     y = torch.zeros(x.shape, dtype=sums or x.dtype)
     for e in order:
-        token, slot = torch.where(index == e)
+        # In the order of transformers' loop: on some CPUs a row's sum depends on where the row is in a product.
+        slot, token = torch.where(index.t() == e)
         if len(token) == 0:
             continue
         gate, up, down = (module.get_submodule(f"{e}.{name}") for name in SEPARATE)

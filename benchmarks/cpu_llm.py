@@ -57,8 +57,8 @@ class _Clock:
 def float_checkpoint(model: str, directory: Path) -> None:
     """Write the float model."""
     if model == "smollm2":
-        from quark_inductor.__main__ import cache_folder
         from quark_inductor.demo import fetch_model, load_float
+        from quark_inductor.machine import cache_folder
 
         _, float_model = load_float(fetch_model(cache_folder()))
     else:

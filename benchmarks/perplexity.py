@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from quark_inductor.__main__ import cache_folder
 from quark_inductor.demo import fetch_model, load_float
+from quark_inductor.machine import cache_folder
 from quark_inductor.quantize import quantize_
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import ShapeError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quark_inductor import files, loading
+from quark_inductor import files, loading, words
 from quark_inductor.experts import experts_of
 from quark_inductor.forecast import forecast, forecast_experts, kind_of
 from quark_inductor.lowering import target as targets
@@ -164,9 +164,10 @@ class Inspection:
         other = sum(len(g.names) * g.other for g in quantized)
         floats = self.total - self.rest - codes - scales - other
         yield (
-            f"{_bytes(self.total)} in {_count(self.tensors, 'tensor')} and {_count(self.files, 'file')}: quantized "
-            f"weights {_bytes(codes)}, their scales {_bytes(scales)}, biases and activation scales {_bytes(other)}, "
-            f"float Linears {_bytes(floats)}, the rest {_bytes(self.rest)}"
+            f"{words.size(self.total)} in {_count(self.tensors, 'tensor')} and {_count(self.files, 'file')}: quantized "
+            f"weights {words.size(codes)}, their scales {words.size(scales)}, "
+            f"biases and activation scales {words.size(other)}, float Linears {words.size(floats)}, "
+            f"the rest {words.size(self.rest)}"
         )
 
     def _table(self, all: bool) -> list[str]:
@@ -174,7 +175,7 @@ class Inspection:
         notes: dict[str, str] = {}
         for g in self.groups:
             for name in g.names if all else (g.name,):
-                size = _bytes(g.codes + g.scales + g.other)
+                size = words.size(g.codes + g.scales + g.other)
                 cells = [_cell(g, g.runs.get(d, {}), notes) for d in self.devices]
                 count = "" if all else str(len(g.names))
                 rows.append((name, count, g.scheme, f"{g.shape[0]} x {g.shape[1]}", size, *cells))
@@ -196,13 +197,6 @@ def _cell(group: Group, runs: Mapping[str, Run], notes: dict[str, str]) -> str:
     if len(set(texts.values())) <= 1:
         return "".join(list(texts.values())[:1]) + grouped
     return ", ".join(f"{_count(tokens, 'token')}: {text}" for tokens, text in texts.items()) + grouped
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
-    return f"{count} B"
 
 
 def _count(number: int, what: str) -> str:

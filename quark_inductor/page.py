@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from quark_inductor import __version__
+from quark_inductor.words import number, plain, plural, seconds, share, size, three_digits
 
 # Phases in the order a compile goes through them. The colour of each is its place here (see page.html).
 PHASES = (
@@ -124,65 +125,6 @@ class Section:
     tree: tuple[Node, ...]
     tracks: tuple[tuple[str, int], ...]
     data: Mapping[str, Any]
-
-
-# --- numbers for people
-
-
-def number(value: Any) -> float | None:
-    """``value`` if it is a finite number, else ``None``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
-
-
-def _three_digits(value: float) -> str:
-    return f"{float(f'{value:.3g}'):g}"
-
-
-def _scaled(value: float, units: Iterable[tuple[float, str]]) -> str:
-    """In the first unit of which it is at least one, after it is rounded; else in the last."""
-    unit = 1.0, ""
-    for unit in units:
-        if float(f"{abs(value):.3g}") >= unit[0]:
-            break
-    return f"{_three_digits(value / unit[0])} {unit[1]}"
-
-
-def seconds(value: Any) -> str:
-    """``"2 min 5 s"``, ``"1.2 s"``, ``"340 ms"``, ``"41 µs"``; ``""`` if it is no number."""
-    if (found := number(value)) is None:
-        return ""
-    if abs(found) >= 120:
-        minutes, rest = divmod(round(abs(found)), 60)
-        return f"{'-' * (found < 0)}{minutes} min {rest} s"
-    return "0 s" if found == 0 else _scaled(found, ((1, "s"), (1e-3, "ms"), (1e-6, "µs")))
-
-
-def size(value: Any) -> str:
-    """``"3.1 MB"``; ``""`` if it is no number."""
-    if (found := number(value)) is None:
-        return ""
-    return _scaled(found, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")))
-
-
-def share(value: Any) -> str:
-    """``"93 %"``, ``"0.4 %"``; ``""`` if it is no number."""
-    if (found := number(value)) is None:
-        return ""
-    if 0.0995 <= abs(found) < 0.995 or found in (0, 1):
-        return f"{100 * found:.0f} %"
-    # Nearly all is not all.
-    return f"{min(100 * found, 99.9) if found < 1 else 100 * found:.1f} %"
-
-
-def plain(value: Any) -> str:
-    """Three digits; ``""`` if it is no number."""
-    return "" if (found := number(value)) is None else _three_digits(found)
-
-
-def plural(count: int, one: str) -> str:
-    """``"1 graph break"``, ``"2 graph breaks"``; the plural is made with "s", or with "es" after "s"."""
-    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}{'es' if one.endswith('s') else 's'}"
 
 
 # --- what may be in a file of another version
@@ -396,7 +338,7 @@ def _run_facts(runs: _Runs) -> list[Fact]:
         wall, left = walls[name], number(run.get("unattributed_s"))
         if not wall:
             continue
-        notes = [f"{_three_digits(first / wall)} times as fast"] if first and wall != first else []
+        notes = [f"{three_digits(first / wall)} times as fast"] if first and wall != first else []
         notes += [f"{share(left / wall)} unattributed"] if left is not None else []
         facts.append(Fact(f"{name}, wall time", seconds(wall), ", ".join(notes)))
     for name, run in runs.items():

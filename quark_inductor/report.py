@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quark_inductor import words
 from quark_inductor.documents import read_document
 from quark_inductor.schemes.base import QuarkLinear
 from quark_inductor.schemes.errors import DocumentError
@@ -263,7 +264,7 @@ class Report:
                 lines.append(f"  by {title}: {', '.join(f'{name} {count}' for name, count in counts.most_common())}")
         totals = {name: self._total(name) for name in _BYTES}
         if any(totals.values()):
-            known = [f"{_size(total)} of {name}s" for name, total in totals.items() if total]
+            known = [f"{words.size(total)} of {name}s" for name, total in totals.items() if total]
             lines.append(f"  bytes of a call: {', '.join(known)}")
         if self.call is not None:
             inside, share = _time(self.call.linears_us), self.call.linears_us / self.call.us
@@ -304,13 +305,6 @@ class Report:
         return page("Quantized Linears", self.headline, report=json.loads(self.to_json()))
 
 
-def _size(count: int) -> str:
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= one:
-            return f"{count / one:.3g} {unit}"
-    return f"{count} B"
-
-
 def _time(us: float) -> str:
     return f"{us / 1e3:.3g} ms" if us >= 1e3 else f"{us:.3g} us"
 
@@ -326,7 +320,7 @@ def _details(r: LinearReport) -> list[str]:
         parts.append(f"activation quantized before ({r.producer})")
     if r.epilogue:
         parts.append(f"then {', '.join(r.epilogue)}")
-    sizes = [f"{name} {_size(count)}" for name, count in asdict(r.bytes).items() if count is not None]
+    sizes = [f"{name} {words.size(count)}" for name, count in asdict(r.bytes).items() if count is not None]
     return ["; ".join((*parts, ", ".join(sizes)))]
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from quark_inductor import page as module
 from quark_inductor import recorder
-from quark_inductor.page import page, seconds, share, size
+from quark_inductor.page import page
+from quark_inductor.words import seconds, share, size
 
 EVIL = "</script><!--<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'//"
 
